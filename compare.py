@@ -1,0 +1,259 @@
+"""Holds the eval logs in results/ against the published numbers in reference/.
+
+    python compare.py              # a table: published, ours, where the one falls among the other, a verdict
+    python compare.py --diff       # published eval lines as -, ours as + python compare.py --markdown   #
+    writes the table into README.md python compare.py --check      # exit status 1 where a published number
+    differs and nobody has explained why
+
+A published row is held against the finished run of the same settings that has the most seeds. It agrees
+where it lies in the 95% prediction interval for one more seed (Student's t), so that one in twenty differs
+by chance. Of a number known to be misprinted the correction is taken, or none. Procedural digits are held
+against no paper.
+"""
+
+import difflib
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import utils
+
+SOURCES = ("lecun1989", "karpathy2022")
+BEGIN, END = "<!-- table by compare.py: begin -->", "<!-- table by compare.py: end -->"
+AGREES, DIFFERS, EXPLAINED = "agrees", "**differs**", "differs, as expected"
+
+
+class Run(NamedTuple):
+    path: Path
+    script: str
+    settings: dict
+    logs: dict  # seed -> evaluations
+
+
+class Comparison(NamedTuple):
+    """A published number beside our distribution of it."""
+
+    quantity: str  # such as test_misses
+    published: float
+    ours: list
+    verdict: str
+
+
+def read_run(folder):
+    """A run folder as a Run; None if the run did not finish. Raises utils.BadRequest where it is damaged."""
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if not run["finished"]:
+            return None
+        logs = {seed: utils.read_log(folder / f"seed{seed}.jsonl") for seed in run["seeds"]}
+        for log in logs.values():
+            for evaluation in last_evaluations(log).values():
+                if not (math.isfinite(evaluation["loss"]) and 0 <= evaluation["misses"] <= evaluation["n"]):
+                    raise ValueError(f"an impossible evaluation: {evaluation}")
+        return Run(folder, run["script"], run["settings"], logs)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = "run it again, or delete the folder"
+        raise utils.BadRequest(f"{folder} is damaged ({type(error).__name__}: {error}): {remedy}.") from error
+
+
+def last_evaluations(log):
+    """The last evaluation of each split."""
+    return {split: [e for e in log if e["split"] == split][-1] for split in ("train", "test")}
+
+
+def is_procedural(run):
+    """Were the digits drawn here? Then no paper knows them."""
+    return run.settings.get("data") == "strokes"
+
+
+def find_run(row, runs):
+    """The run with the row's settings that has the most seeds, or None."""
+    if "run" not in row:
+        return None
+    settings = dict(row["run"])
+    script = settings.pop("script")
+    alike = [
+        run for run in runs if (run.script, run.settings) == (script, settings) and not is_procedural(run)
+    ]
+    return max(alike, key=lambda run: (len(run.logs), run.path.name), default=None)
+
+
+def compare(row, run):
+    """A Comparison for every number that the row and the run have; of error and misses, misses are enough."""
+    comparisons = []
+    for split in ("train", "test"):
+        last = [last_evaluations(log)[split] for log in run.logs.values()]
+        for name in ("loss", "misses" if f"{split}_misses" in row else "error"):
+            if f"{split}_{name}" in row:
+                published = utils.published(row[f"{split}_{name}"])
+                ours = [evaluation[name] for evaluation in last]
+                comparisons.append(
+                    Comparison(f"{split}_{name}", published, ours, verdict(published, ours, row))
+                )
+    return comparisons
+
+
+def verdict(published, ours, row):
+    """Does `published` lie in the 95% prediction interval for one more value like `ours`?"""
+    if published is None:
+        return "misprinted"
+    if len(ours) < 3:
+        return "too few seeds"
+    n, mean, sd = len(ours), statistics.mean(ours), statistics.stdev(ours)
+    if abs(published - mean) <= student_t(0.975, n - 1) * sd * math.sqrt(1 + 1 / n):
+        return AGREES
+    return EXPLAINED if "explained" in row else DIFFERS
+
+
+def student_t(probability, degrees):
+    """Quantile of Student's t, from Abramowitz and Stegun 26.7.5: for 0.975, too small by 3% at 2 degrees of
+    freedom, by 0.3% at 4 and by nothing that shows from 10 on."""
+    z = statistics.NormalDist().inv_cdf(probability)
+    g1 = (z**3 + z) / 4
+    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + g1 / degrees + g2 / degrees**2 + g3 / degrees**3
+
+
+# What is printed
+
+
+def show(quantity, value):
+    """A number in the form of its quantity."""
+    if value is None:
+        return "-"
+    return {"loss": f"{value:.2e}", "error": f"{value:.2f}%", "misses": f"{value:.4g}"}[
+        quantity.split("_")[1]
+    ]
+
+
+def cells(comparison):
+    """Quantity, published, ours, min-max, place, verdict."""
+    quantity, published, ours, says = comparison
+    sd = statistics.stdev(ours) if len(ours) > 1 else None
+    spread = "" if sd is None else f" ± {show(quantity, sd)}"
+    place = "-"
+    if published is not None:
+        place = f"{sum(value < published for value in ours)} of {len(ours)} below"
+        place += f", {(published - statistics.mean(ours)) / sd:+.1f} sd" if sd else ""
+    return (
+        quantity.replace("_", " "),
+        show(quantity, published),
+        f"{show(quantity, statistics.mean(ours))}{spread}",
+        f"{show(quantity, min(ours))} to {show(quantity, max(ours))}",
+        place,
+        says,
+    )
+
+
+def relative(path):
+    """A path as seen from the repository, where it is inside."""
+    return path.relative_to(utils.ROOT) if path.is_relative_to(utils.ROOT) else path
+
+
+def text_table(rows):
+    """Lines for a terminal: a block for each published row, then those without a run."""
+    lines, missing = [], []
+    for source, key, row, run in rows:
+        if run is None:
+            missing.append(f"  {source}.{key}: {row['title']}")
+            continue
+        lines += [f"{row['title']} ({source}.{key})", f"  {relative(run.path)}, {len(run.logs)} seeds"]
+        head = ("", "published", "ours, mean ± sd", "min to max", "published value", "verdict")
+        for line in (head, *map(cells, compare(row, run))):
+            lines.append("  {:13}{:>10}  {:23}{:24}{:24}{}".format(*line).replace("**", "").rstrip())
+        lines += [f"  expected: {row['explained']}"] if "explained" in row else []
+        lines.append("")
+    return lines + (["published, and no run here yet:", *missing] if missing else [])
+
+
+def markdown_table(rows):
+    """The README's table."""
+    head = ("published result", "our run", "number", "published", "ours, mean ± sd")
+    head += ("min to max", "published value", "verdict")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for source, _, row, run in rows:
+        if run is not None:
+            name = f"[{row['title']}](reference/{source}.toml)"
+            link = f"[{run.path.name}]({relative(run.path)}), n = {len(run.logs)}"
+            for comparison in compare(row, run):
+                lines.append(f"| {name} | {link} | {' | '.join(cells(comparison))} |")
+                name = link = ""
+    missing = "; ".join(row["title"] for _, _, row, run in rows if run is None)
+    return "\n".join([*lines, "", f"Published, and no run here yet: {missing}."])
+
+
+def diff(rows):
+    """Unified diffs of eval lines: as printed, and those of the published seed (else our first)."""
+    lines = []
+    for source, key, row, run in rows:
+        if run is None:
+            continue
+        seed = 1337 if 1337 in run.logs else min(run.logs)
+        printed, ours = [], []
+        for split, evaluation in last_evaluations(run.logs[seed]).items():
+            numbers = {name: row[f"{split}_{name}"] for name in ("loss", "error", "misses")}
+            numbers = {name: n["printed"] if isinstance(n, dict) else n for name, n in numbers.items()}
+            printed.append(utils.eval_line(split, **numbers))
+            ours.append(utils.eval_line(**evaluation))
+        names = f"reference/{source}.toml: {key}", f"{relative(run.path)}/seed{seed}.jsonl"
+        lines += difflib.unified_diff(printed, ours, *names, lineterm="")
+    return lines
+
+
+def update_readme(path, table):
+    """Put the table between its two markers."""
+    text = path.read_text(encoding="utf-8")
+    before, found, rest = text.partition(BEGIN)
+    _, found_too, after = rest.partition(END)
+    if not (found and found_too):
+        raise utils.BadRequest(f"{path} has no place for the table: add the lines '{BEGIN}' and '{END}'.")
+    utils.write_whole(path, f"{before}{BEGIN}\n{table}\n{END}{after}")
+
+
+def collect(results):
+    """(source, key, row, run or None) for each published row of results, and the runs held against none."""
+    runs = [read_run(path.parent) for path in sorted(Path(results).resolve().glob("*/*/run.json"))]
+    runs = [run for run in runs if run is not None]
+    rows = []
+    for source in SOURCES:
+        for key, row in utils.reference(source).items():
+            if any(name in row for name in ("train_error", "test_error", "rejected")):
+                rows.append((source, key, row, find_run(row, runs)))
+    return rows, [run for run in runs if is_procedural(run)]
+
+
+@utils.exit_status
+def main(argv=None):
+    parser = utils.Parser("compare", __doc__)
+    results = utils.ROOT / "results"
+    parser.add_argument("--results", metavar="DIR", type=Path, default=results, help="where the runs are")
+    parser.add_argument("--diff", action="store_true", help="show eval lines instead of the table")
+    parser.add_argument("--markdown", action="store_true", help="write the table into README.md as well")
+    parser.add_argument("--check", action="store_true", help="exit status 1 if a number differs unexplained")
+    args = parser.parse_args(argv)
+    if not args.results.is_dir():
+        raise utils.BadRequest(f"--results {args.results} is not a folder: run repro.py first, or name one.")
+
+    rows, strokes = collect(args.results)
+    print("\n".join(diff(rows) if args.diff else text_table(rows)))
+    for run in strokes:
+        print(f"held against no paper, since its digits are procedural: {relative(run.path)}")
+    if args.markdown:
+        update_readme(utils.ROOT / "README.md", markdown_table(rows))
+    differing = [
+        f"{source}.{key}.{comparison.quantity}"
+        for source, key, row, run in rows
+        if run is not None
+        for comparison in compare(row, run)
+        if comparison.verdict == DIFFERS
+    ]
+    if args.check and differing:
+        raise utils.RunFailed(f"published and outside our intervals: {', '.join(differing)}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""The pictures: learning curves, galleries of digits, kernels. Drawn without a display, in one style."""
+
+import io
+
+import matplotlib
+import numpy as np
+
+import utils
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend)
+
+plt.style.use(utils.ROOT / "figures.mplstyle")
+
+
+def save(figure, path):
+    """Write a figure as PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(
+        buffer, format="png", metadata={"Software": None}
+    )  # no version: the same picture, the same bytes
+    plt.close(figure)
+    utils.write_whole(path, buffer.getvalue())
+
+
+def learning_curves(logs, title, published=None):
+    """Loss and error after every pass: mean and min-max over the replicas.
+
+    `logs` holds a list of evaluations for each replica; `published`, a row of `reference/`, is drawn dashed.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharex=True)
+    for split, colour in (("train", "C0"), ("test", "C1")):
+        for axis, quantity in zip(axes, ("loss", "error")):
+            curves = np.array([[e[quantity] for e in log if e["split"] == split] for log in logs])
+            passes = np.arange(1, curves.shape[1] + 1)
+            axis.fill_between(
+                passes, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.25, linewidth=0
+            )
+            axis.plot(passes, curves.mean(axis=0), color=colour, label=split)
+            if published:
+                value = utils.published(published[f"{split}_{quantity}"])
+                axis.axhline(value, color="0.5", linestyle="--", linewidth=1)
+                label = f"{published['title']},\n{split}"
+                transform = axis.get_yaxis_transform()  # x as a fraction of the axis, y in data units
+                axis.text(1.01, value, label, transform=transform, va="center", color="0.4", fontsize="small")
+    axes[0].set(xlabel="passes", ylabel="mean squared error", yscale="log", title=title)
+    axes[1].set(xlabel="passes", ylabel="error (%)", yscale="log")
+    axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[0].legend(
+        title=f"mean and min-max, {len(logs)} seeds" if len(logs) > 1 else "1 seed", fontsize="small"
+    )
+    for axis in axes:
+        axis.grid(True)
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    return figure
+
+
+def gallery(images, captions, title, columns=15, low=-1, high=1):
+    """Images (n, height, width) in rows, each with its caption; `low` is white and `high` black."""
+    rows = max(1, -(-len(images) // columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(columns * 0.6, rows * 0.78 + 0.4), squeeze=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, caption in zip(axes.flat, images, captions):
+        axis.imshow(image, vmin=low, vmax=high)
+        axis.set_title(caption, fontsize="small", pad=2, loc="center")
+    return figure
+
+
+def misses(images, targets, answers, title):
+    """Every digit (n, 16, 16) whose answer is not the target."""
+    missed = np.flatnonzero(targets != answers)
+    captions = [f"{targets[i]} \N{RIGHTWARDS ARROW} {answers[i]}" for i in missed]
+    return gallery(
+        images[missed], captions, f"{title}: {len(missed)} digits missed, target \N{RIGHTWARDS ARROW} answer"
+    )
+
+
+def kernels(kernels, title):
+    """The kernels (n, height, width) of a layer, on one scale of grey."""
+    limit = np.abs(kernels).max()
+    captions = [str(number + 1) for number in range(len(kernels))]
+    title = f"{title},\nwhite {-limit:.2f} to black {limit:.2f}"
+    return gallery(kernels, captions, title, columns=6, low=-limit, high=limit)
+
+
+def digit_gallery(images, labels, name, columns=20):
+    """The first digits of each class, a class a row."""
+    rows = [images[labels == digit][:columns] for digit in range(10)]
+    canvas = np.full((10, columns, *images.shape[1:]), -1, dtype=images.dtype)
+    for row, digits in zip(canvas, rows):
+        row[: len(digits)] = digits
+    height, width = images.shape[1:]
+    figure, axis = plt.subplots(figsize=(columns * 0.4, 10 * 0.4 + 0.3))
+    axis.imshow(canvas.transpose(0, 2, 1, 3).reshape(10 * height, columns * width), vmin=-1, vmax=1)
+    axis.set(title=f"{name}: the first digits of each class to train on")
+    axis.axis("off")
+    return figure

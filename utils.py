@@ -1,0 +1,311 @@
+"""The little that the scripts share: exit statuses, flags, whole files, the eval log, the folder of a run."""
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+ROOT = Path(__file__).resolve().parent
+
+
+class BadRequest(Exception):
+    """What was asked for cannot be done: one sentence that names the file or flag and the remedy."""
+
+    status = 2
+
+
+class RunFailed(Exception):
+    """The run was asked for rightly and failed: one sentence that says what to do."""
+
+    status = 1
+
+
+def exit_status(main):
+    """Make `main(argv=None)` return 0, or say why not: 1 failed, 2 wrong request, 130 interrupted."""
+
+    @functools.wraps(main)
+    def wrapper(argv=None):
+        try:
+            main(argv)
+            sys.stdout.flush()  # a closed pipe shows here at the latest
+            return 0
+        except (BadRequest, RunFailed) as error:
+            sentence, status, stop = str(error), error.status, error
+        except KeyboardInterrupt as interrupt:
+            sentence, status, stop = "interrupted.", 130, interrupt
+        except BrokenPipeError as error:
+            sys.stdout = open(os.devnull, "w")  # or the interpreter complains once more on its way out
+            sentence, status, stop = "stopped, since nobody reads what it prints.", 1, error
+        script = Path(main.__code__.co_filename).name
+        print(f"{script}:", sentence, *getattr(stop, "__notes__", []), file=sys.stderr)
+        return status
+
+    return wrapper
+
+
+# Flags
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it stands, and every default."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with the script's docstring and every default in --help, and one sentence for an error."""
+
+    def __init__(self, script, doc):
+        super().__init__(prog=f"{script}.py", description=doc, formatter_class=_Help, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+def number(kind, at_least=-math.inf, at_most=math.inf, above=-math.inf):
+    """An argparse type: a finite int or float within the bounds."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and at_least <= value <= at_most and value > above):
+            bounds = {"of at least": at_least, "above": above, "of at most": at_most}
+            limits = " and ".join(
+                f"{words} {bound}" for words, bound in bounds.items() if math.isfinite(bound)
+            )
+            raise argparse.ArgumentTypeError(f"'{text}' is not a {'whole ' * (kind is int)}number {limits}")
+        return value
+
+    return parse
+
+
+def pick_device(name):
+    """The torch device `name` (cpu, cuda or mps); BadRequest where this machine has none."""
+    import torch
+
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not has[name]:
+        raise BadRequest(f"--device {name}: PyTorch finds no such device on this machine; use --device cpu.")
+    return torch.device(name)
+
+
+# Files
+
+
+def write_whole(path, content):
+    """Write text or bytes so that `path` holds its old content or all of the new, whatever happens."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise RunFailed(
+            f"{path} could not be written ({error.strerror}): make room, or write elsewhere."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def npz_bytes(**arrays):
+    """The bytes of a compressed .npz file; the same arrays give the same bytes."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def to_json(record):
+    """JSON for people: one key a line, and no NaN."""
+    return json.dumps(record, indent=2, allow_nan=False) + "\n"
+
+
+def reference(name):
+    """The published numbers in `reference/<name>.toml`."""
+    return tomllib.loads((ROOT / "reference" / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def published(entry):
+    """A published number to hold ours against: corrected where the print is known to be wrong, or None."""
+    return entry.get("corrected") if isinstance(entry, dict) else entry
+
+
+# The eval log
+
+
+def eval_line(split, loss, error, misses, **_):
+    """An evaluation (error in percent) in the form that the field knows from Karpathy's reproduction."""
+    return f"eval: split {split:5s}. loss {loss:e}. error {error:.2f}%. misses: {misses}"
+
+
+def write_log(path, evaluations):
+    """Write an eval log: JSON Lines, one evaluation a line."""
+    write_whole(path, "".join(json.dumps(evaluation, allow_nan=False) + "\n" for evaluation in evaluations))
+
+
+def read_log(path):
+    """The evaluations of an eval log."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+# The folder of a run
+
+
+def describe_run(script, settings, args, **facts):
+    """What `run.json` holds: enough to run again, and what the numbers depend on.
+
+    `settings` are what decides the numbers; `facts` whatever else the script knows of the run.
+    """
+    return {
+        "script": script,
+        "settings": settings,
+        "seeds": list(range(args.seed, args.seed + args.seeds)),
+        "device": args.device,
+        **facts,
+        "flags": vars(args),
+        **environment(),
+    }
+
+
+def run_path(out, run):
+    """The folder of a run: `out`, else results/<script>/<settings and seeds>."""
+    if out is not None:
+        return Path(out).resolve()
+    words = [
+        str(value) if key in ("data", "draw") else key if value is True else f"{key}{value}"
+        for key, value in run["settings"].items()
+    ]
+    words += [run["device"]] if run["device"] != "cpu" else []
+    first, last = run["seeds"][0], run["seeds"][-1]
+    words += [f"seed{first}" if first == last else f"seeds{first}-{last}"]
+    return ROOT / "results" / run["script"] / "-".join(words)
+
+
+def environment():
+    """What a number depends on beside the flags: code, versions, machine, threads."""
+    import torch
+
+    def git(*words):
+        with contextlib.suppress(OSError):  # no git on this machine
+            done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else None
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.c", "*.cu", "reference")
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    packages = ("torch", "torchvision", "numpy")
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if changed is None else bool(changed),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": f"{cpu}, {os.cpu_count()} cores",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+    }
+
+
+@contextlib.contextmanager
+def run_folder(out, run):
+    """Yield a folder to write the files of a run into; when it has finished they move to its own, `run_path`.
+
+    `run` (of `describe_run`) becomes `run.json`. The same command again replaces its own files. A run that
+    fails or is interrupted never replaces a finished one: its finished passes are kept in `unfinished/`
+    inside its folder, or in the folder itself if no finished run is there. BadRequest where another run is
+    writing to the folder, or where it holds anything but an earlier run of the same command.
+    """
+    folder = run_path(out, run)
+    unfinished = folder / "unfinished"
+    started = time.time()
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BadRequest(f"another run is writing to {folder}: wait for it, or give another --out.") from None
+    except OSError as error:
+        raise BadRequest(f"{folder} cannot be written ({error.strerror}): give another --out.") from error
+    try:
+        earlier = _earlier_run(folder, run)
+        unfinished.mkdir(exist_ok=True)
+        for left_over in unfinished.iterdir():
+            left_over.unlink()
+        run = {**run, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)), "finished": False}
+        write_whole(unfinished / "run.json", to_json(run))
+        try:
+            yield unfinished
+            seconds = round(time.time() - started, 2)
+            _publish(unfinished, folder, earlier, {**run, "finished": True, "wall_seconds": seconds})
+        except BaseException as error:
+            error.add_note(_keep_finished_passes(unfinished, folder, earlier, run))
+            raise
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            (folder / ".lock").unlink()
+        with contextlib.suppress(OSError):  # where nothing came of it, nothing is left of it
+            folder.rmdir()
+
+
+def _earlier_run(folder, run):
+    """The run.json of an earlier run of this command in `folder`; {} if `folder` is free; else BadRequest."""
+    path = folder / "run.json"
+    if not path.exists():
+        if any(entry.name not in (".lock", "unfinished") for entry in folder.iterdir()):
+            raise BadRequest(f"{folder} is not empty and holds no run: give another --out.")
+        return {}
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        command = {key: earlier[key] for key in ("script", "settings", "seeds", "device", "engine")}
+    except (ValueError, KeyError, TypeError):
+        raise BadRequest(f"{path} is damaged: delete {folder}, or give another --out.") from None
+    if command != {key: run[key] for key in command}:
+        raise BadRequest(f"{folder} holds a run with other settings: delete it, or give another --out.")
+    return earlier
+
+
+def _keep_finished_passes(unfinished, folder, earlier, run):
+    """Keep what a run that did not finish has logged, and say where."""
+    kept = unfinished
+    if not any(unfinished.glob("seed*.jsonl")):
+        shutil.rmtree(unfinished)
+        return "No pass had finished."
+    if not earlier.get("finished"):
+        with contextlib.suppress(RunFailed):  # of a full disk; then they stay where they are
+            _publish(unfinished, folder, earlier, run)
+            kept = folder
+    return f"The passes that had finished are kept in {kept}."
+
+
+def _publish(unfinished, folder, earlier, run):
+    """Move the files of a run to `folder`, in the place of the files of the `earlier` run."""
+    files = sorted(path.name for path in unfinished.iterdir() if path.name != "run.json")
+    write_whole(unfinished / "run.json", to_json({**run, "files": files}))
+    for name in set(earlier.get("files", [])) - set(files):
+        (folder / Path(name).name).unlink(missing_ok=True)
+    for name in [*files, "run.json"]:
+        os.replace(unfinished / name, folder / name)
+    unfinished.rmdir()
