@@ -54,7 +54,7 @@ def read_run(folder):
                 if not (math.isfinite(evaluation["loss"]) and 0 <= evaluation["misses"] <= evaluation["n"]):
                     raise ValueError(f"an impossible evaluation: {evaluation}")
         return Run(folder, run["script"], run["settings"], logs)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         remedy = "run it again, or delete the folder"
         raise utils.BadRequest(f"{folder} is damaged ({type(error).__name__}: {error}): {remedy}.") from error
 

@@ -216,7 +216,8 @@ def parse_flags(argv):
     flag("--data-root", metavar="DIR", help=prepro.DATA_ROOT_HELP)
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--passes", default=23, type=utils.number(int, at_least=1), help="over the digits to train on")
-    flag("--lr", default=0.03, type=utils.number(float, above=0), help="learning rate, held constant")
+    rate = utils.number(float, above=0, at_most=1e38)  # float32 ends there
+    flag("--lr", default=0.03, type=rate, help="learning rate, held constant")
     flag = parser.add_argument_group("run").add_argument
     seed = utils.number(int, at_least=0, at_most=2**32)
     flag("--seed", default=1337, type=seed, help="of the first replica's weights")

@@ -147,12 +147,13 @@ def _curve(control_points, samples_per_segment=32):
 def _pen_path(strokes):
     """POINTS pen positions, evenly spaced along all `strokes` of a template and centred, and the spacing."""
     curves = [_curve(stroke) for stroke in strokes]
-    steps = np.concatenate([np.linalg.norm(np.diff(c, axis=0), axis=1) for c in curves])
-    middles = np.concatenate([(c[1:] + c[:-1]) / 2 for c in curves])
-    travelled = np.cumsum(steps) - steps / 2
-    spacing = steps.sum() / POINTS
+    points = np.concatenate(curves)
+    # The pen is lifted between strokes: that way costs no ink, so it counts for nothing.
+    steps = np.concatenate([np.linalg.norm(np.diff(c, axis=0, prepend=c[:1]), axis=1) for c in curves])
+    travelled = np.cumsum(steps)
+    spacing = travelled[-1] / POINTS
     at = (np.arange(POINTS) + 0.5) * spacing
-    path = np.stack([np.interp(at, travelled, middles[:, axis]) for axis in (0, 1)], axis=1)
+    path = np.stack([np.interp(at, travelled, points[:, axis]) for axis in (0, 1)], axis=1)
     box = (path.max(axis=0) + path.min(axis=0)) / 2
     return path - box, spacing
 

@@ -1,0 +1,276 @@
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT, one_sentence
+
+import compare
+import utils
+
+SOURCES = {source: utils.reference(source) for source in compare.SOURCES}
+
+
+def write_run(results, name, settings, misses, **changes):
+    """A finished run of repro.py with the given test misses, a seed for each."""
+    folder = results / "repro" / name
+    folder.mkdir(parents=True)
+    seeds = list(range(1337, 1337 + len(misses)))
+    run = {"script": "repro", "settings": settings, "seeds": seeds, "finished": True} | changes
+    (folder / "run.json").write_text(json.dumps(run))
+    for seed, missed in zip(seeds, misses):
+        log = [
+            {"pass": passes, "split": split, "loss": loss, "error": 100 * m / n, "misses": m, "n": n}
+            for passes in (1, 2)
+            for split, loss, m, n in (
+                ("train", 4.07e-3 + 1e-5 * (missed - 82), missed // 2 + 3, 7291),
+                ("test", 2.84e-2 + 1e-5 * (missed - 82), missed if passes == 2 else 999, 2007),
+            )
+        ]
+        utils.write_log(folder / f"seed{seed}.jsonl", log)
+    return folder
+
+
+MNIST = {"data": "mnist", "draw": "test-first"}
+
+
+def verdicts(results):
+    rows, _ = compare.collect(results)
+    return {
+        f"{source}.{key}.{comparison.quantity}": comparison.verdict
+        for source, key, row, run in rows
+        if run is not None
+        for comparison in compare.compare(row, run)
+    }
+
+
+# The published numbers themselves
+
+
+def test_published_errors_and_misses_agree():
+    sizes = {"train": 7291, "test": 2007}
+    pairs = 0
+    for rows in SOURCES.values():
+        for row in rows.values():
+            for split, n in sizes.items():
+                error, misses = (utils.published(row.get(f"{split}_{name}")) for name in ("error", "misses"))
+                if error is not None and misses is not None:
+                    assert round(100 * misses / n, 2) == error, row["title"]
+                    pairs += 1
+    assert pairs == 16
+
+
+def test_a_misprint_says_why():
+    for rows in SOURCES.values():
+        for row in rows.values():
+            assert row["title"] and row["where"]
+            for entry in row.values():
+                if isinstance(entry, dict) and "printed" in entry:
+                    assert entry["why"] and entry.get("corrected") != entry["printed"]
+
+
+def test_the_paper_says_what_the_facts_say():
+    paper, karpathy = SOURCES["lecun1989"]["result"], SOURCES["karpathy2022"]["repro"]
+    assert (paper["train_loss"], paper["train_misses"]) == (2.5e-3, 10)
+    assert (paper["test_loss"], paper["test_misses"]) == (1.8e-2, 102)
+    assert (karpathy["train_misses"], karpathy["test_misses"]) == (45, 82)
+
+
+# The verdict
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"), [(2, 4.303), (4, 2.776), (9, 2.262), (19, 2.093), (30, 2.042), (99, 1.984)]
+)
+def test_student_t_against_the_printed_table(degrees, quantile):
+    tolerance = 0.032 if degrees == 2 else 0.003 if degrees == 4 else 0.0005
+    assert compare.student_t(0.975, degrees) == pytest.approx(quantile, rel=tolerance)
+
+
+def test_the_interval_holds_95_of_100():
+    """One more value of the same distribution lies inside as often as it is said to."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for n in (5, 20):
+        samples = rng.normal(50, 7, (4000, n + 1))
+        inside = sum(compare.verdict(s[0], list(s[1:]), {}) == compare.AGREES for s in samples)
+        assert 0.94 < inside / 4000 < 0.96
+
+
+def test_verdicts(tmp_path):
+    write_run(tmp_path, "near", MNIST, [80, 84, 79, 86, 82])
+    write_run(tmp_path, "far", {"data": "mnist", "draw": "train-first"}, [180, 184, 179, 186, 182])
+    write_run(tmp_path, "usps", {"data": "usps"}, [125, 121, 124, 130, 119])
+    says = verdicts(tmp_path)
+    assert says["karpathy2022.repro.test_misses"] == compare.AGREES
+    assert says["karpathy2022.repro-train-first.test_misses"] == compare.DIFFERS
+    assert says["lecun1989.result.test_misses"] == compare.EXPLAINED
+    assert len(says) == 12  # error and misses are one number
+
+
+def test_one_seed_says_nothing(tmp_path):
+    write_run(tmp_path, "one", MNIST, [82])
+    assert set(verdicts(tmp_path).values()) == {"too few seeds"}
+    assert compare.main(["--results", str(tmp_path)]) == 0
+
+
+def test_the_run_with_the_most_seeds_is_taken_and_only_of_the_same_settings(tmp_path):
+    write_run(tmp_path, "a", MNIST, [80, 84, 79])
+    write_run(tmp_path, "b", MNIST, [80, 84, 79, 90])
+    write_run(tmp_path, "c", MNIST | {"lr": 0.1}, [10] * 9)
+    write_run(tmp_path, "d", MNIST | {"smoke": True}, [10] * 9)
+    write_run(tmp_path, "e", MNIST, [10] * 9, finished=False)
+    write_run(tmp_path, "f", MNIST, [10] * 9, script="modern")
+    rows, _ = compare.collect(tmp_path)
+    runs = {run.path.name for _, _, _, run in rows if run is not None}
+    assert runs == {"b"}
+
+
+def test_misprints_are_not_held(tmp_path):
+    row = SOURCES["karpathy2022"]["softmax"] | {"run": {"script": "repro", **MNIST}}
+    write_run(tmp_path, "run", MNIST, [80, 84, 79])
+    (run,) = [compare.read_run(path.parent) for path in tmp_path.glob("*/*/run.json")]
+    says = {comparison.quantity: comparison for comparison in compare.compare(row, run)}
+    assert says["test_loss"].verdict == says["train_loss"].verdict == "misprinted"
+    assert says["test_misses"].published == 88
+
+
+# The program
+
+
+def test_check(tmp_path, capsys):
+    write_run(tmp_path, "near", MNIST, [80, 84, 79, 86, 82])
+    write_run(tmp_path, "usps", {"data": "usps"}, [200, 203, 204, 205, 206])  # differs, and the row says why
+    assert compare.main(["--results", str(tmp_path), "--check"]) == 0
+    shutil.rmtree(tmp_path / "repro" / "near")
+    write_run(tmp_path, "far", MNIST, [180, 184, 179, 186, 182])
+    assert compare.main(["--results", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert compare.main(["--results", str(tmp_path), "--check"]) == 1
+    one_sentence(capsys.readouterr().err, "karpathy2022.repro.test_misses")
+
+
+def test_strokes_are_held_against_nothing(tmp_path, capsys):
+    write_run(tmp_path, "strokes", {"data": "strokes"}, [82, 82, 83])
+    rows, strokes = compare.collect(tmp_path)
+    assert all(run is None for _, _, _, run in rows) and len(strokes) == 1
+    row = SOURCES["lecun1989"]["result"] | {"run": {"script": "repro", "data": "strokes"}}
+    assert compare.find_run(row, strokes) is None  # not even by mistake
+    assert compare.main(["--results", str(tmp_path), "--check"]) == 0
+    assert "held against no paper" in capsys.readouterr().out
+
+
+def test_rows_without_a_run_are_named(tmp_path, capsys):
+    assert compare.main(["--results", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for row in (
+        "lecun1989.result",
+        "lecun1989.fully-connected",
+        "karpathy2022.dropout",
+        "karpathy2022.more-data-1989",
+    ):
+        assert row in printed
+    write_run(tmp_path, "run", {"data": "usps"}, [120, 121, 122])
+    assert compare.main(["--results", str(tmp_path)]) == 0
+    missing = capsys.readouterr().out.split("no run here yet")[1]
+    assert "lecun1989.result" not in missing and "lecun1989.rejection" in missing
+
+
+def test_diff(tmp_path, capsys):
+    write_run(tmp_path, "run", MNIST, [84])
+    assert compare.main(["--results", str(tmp_path), "--diff"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "-eval: split train. loss 4.073383e-03. error 0.62%. misses: 45" in lines
+    assert "-eval: split test . loss 2.838382e-02. error 4.09%. misses: 82" in lines
+    assert "+eval: split test . loss 2.842000e-02. error 4.19%. misses: 84" in lines
+
+
+@pytest.mark.parametrize(
+    "damage", ["log gone", "log torn", "empty log", "run torn", "nan", "too many misses"]
+)
+def test_damaged_runs(damage, tmp_path, capsys):
+    folder = write_run(tmp_path, "run", MNIST, [84, 85])
+    path = folder / ("run.json" if damage == "run torn" else "seed1338.jsonl")
+    text = path.read_text()
+    match damage:
+        case "log gone":
+            path.unlink()
+        case "log torn" | "run torn":
+            path.write_text(text[:-20])
+        case "empty log":
+            path.write_text("")
+        case "nan":
+            path.write_text(re.sub(r'"loss": [^,]+', '"loss": NaN', text))
+        case "too many misses":
+            path.write_text(text.replace('"misses": 85', '"misses": 2008'))
+    assert compare.main(["--results", str(tmp_path)]) == 2
+    one_sentence(capsys.readouterr().err, folder, "run it again")
+
+
+def test_no_results(tmp_path, capsys):
+    assert compare.main(["--results", str(tmp_path / "nothing")]) == 2
+    one_sentence(capsys.readouterr().err, "--results", tmp_path / "nothing")
+
+
+def test_the_table_goes_between_its_markers(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{compare.BEGIN}\nold\n{compare.END}\nafter\n")
+    compare.update_readme(path, "new")
+    assert path.read_text() == f"before\n{compare.BEGIN}\nnew\n{compare.END}\nafter\n"
+    path.write_text("no markers\n")
+    with pytest.raises(utils.BadRequest, match="no place for the table"):
+        compare.update_readme(path, "new")
+    assert path.read_text() == "no markers\n"
+
+
+# What is committed
+
+
+def committed_runs():
+    rows, _ = compare.collect(ROOT / "results")
+    return {f"{source}.{key}": run for source, key, _, run in rows if run is not None}
+
+
+def test_the_readme_has_the_table_of_the_results():
+    rows, _ = compare.collect(ROOT / "results")
+    readme = (ROOT / "README.md").read_text()
+    table = readme.split(compare.BEGIN)[1].split(compare.END)[0].strip()
+    assert table == compare.markdown_table(rows), "the README is stale: run python compare.py --markdown"
+
+
+def test_every_number_of_the_1989_network_has_its_seeds():
+    runs = committed_runs()
+    for key in ("lecun1989.result", "karpathy2022.repro", "karpathy2022.repro-train-first"):
+        assert len(runs[key].logs) >= 5
+        for log in runs[key].logs.values():
+            assert len(log) == 2 * 23 and log[-1]["presentations"] == 167693
+            assert (log[-2]["n"], log[-1]["n"]) == (7291, 2007)
+
+
+def test_the_lines_that_repro_promises_are_those_it_printed():
+    import repro
+
+    log = committed_runs()["karpathy2022.repro"].logs[1337]
+    for evaluation in log[-2:]:
+        assert utils.eval_line(**evaluation) in repro.__doc__
+        assert utils.eval_line(**evaluation) in (ROOT / "README.md").read_text()
+
+
+def test_ci_does_what_the_readme_says():
+    readme, ci = ((ROOT / path).read_text() for path in ("README.md", ".ci/run"))
+    assert 'pip install -e ".[test]" && python repro.py\npython -m pytest\n' in readme
+    steps = [step for step in ("install", "python repro.py", "python -m pytest") if step in ci]
+    assert steps == sorted(steps, key=ci.index) and len(steps) == 3
+    assert '-e ".[test]"' in ci
+
+
+def test_committed_results_are_of_known_code():
+    listing = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True)
+    paths = [ROOT / line for line in listing.stdout.splitlines() if line.endswith("/run.json")]
+    if not paths:
+        pytest.skip("this is not a git checkout")
+    for path in paths:
+        run = json.loads(path.read_text())
+        assert re.fullmatch("[0-9a-f]{40}", run["commit"]) and run["dirty"] is False and run["finished"]

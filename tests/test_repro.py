@@ -1,0 +1,586 @@
+import functools
+import json
+import math
+import re
+import resource
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, one_sentence, real_root, run_script, start_script
+
+import figures
+import prepro
+import repro
+import strokes
+import utils
+
+SMOKE = ["--data", "strokes", "--smoke", "--no-figures"]
+
+
+def digits(n=40, seed=0, dtype=torch.float32):
+    """Bordered images, labels and targets."""
+    images, labels = strokes.draw_digits(n, seed)
+    images, labels = torch.tensor(images[:, None], dtype=dtype), torch.tensor(labels)
+    return repro.border(images), labels, repro.place_code(labels).to(dtype)
+
+
+def parameters(seed=1337, dtype=torch.float32):
+    drawn = repro.init_parameters(seed)
+    return repro.Parameters(*(parameter.to(dtype).requires_grad_() for parameter in drawn))
+
+
+def copy(some):
+    return repro.Parameters(*(parameter.detach().clone().requires_grad_() for parameter in some))
+
+
+def same_but_for_times(a, b):
+    """Two eval logs, byte for byte, their times aside."""
+    a, b = (re.sub(r'"train_seconds": [\d.]+', "", path.read_text()) for path in (a, b))
+    assert a and a == b
+
+
+# The network, against the paper
+
+
+def unit_by_unit(p, image):
+    """The network as the paper describes it, one unit at a time, and how many connections that takes."""
+    p = {name: tensor.detach().double().numpy() for name, tensor in p._asdict().items()}
+    reads = [range(0, 8)] * 4 + [range(4, 12)] * 4 + [[0, 1, 2, 3, 8, 9, 10, 11]] * 4
+    connections = 0
+
+    def unit(weights, inputs, bias):
+        nonlocal connections
+        connections += len(weights) + 1
+        return math.tanh(sum(w * x for w, x in zip(weights, inputs)) + bias)
+
+    def field(plane, row, column):
+        """5x5 values around (2 row, 2 column), -1 beyond the plane."""
+        size = len(plane)
+        around = [(2 * row + i, 2 * column + j) for i in range(-2, 3) for j in range(-2, 3)]
+        return [plane[i][j] if 0 <= i < size and 0 <= j < size else -1.0 for i, j in around]
+
+    h1 = np.zeros((12, 8, 8))
+    for m, i, j in np.ndindex(h1.shape):
+        h1[m, i, j] = unit(p["H1w"][m, 0].ravel(), field(image, i, j), p["H1b"][m, i, j])
+    h2 = np.zeros((12, 4, 4))
+    for m, i, j in np.ndindex(h2.shape):
+        inputs = [value for source in reads[m] for value in field(h1[source], i, j)]
+        h2[m, i, j] = unit(p["H2w"][m].ravel(), inputs, p["H2b"][m, i, j])
+    h3 = [unit(p["H3w"][:, k], h2.ravel(), p["H3b"][k]) for k in range(30)]
+    out = [unit(p["outw"][:, k], h3, p["outb"][k]) for k in range(10)]
+    return np.array(out), connections
+
+
+def test_forward_is_the_network_of_the_paper():
+    p, (images, _, _) = parameters(dtype=torch.float64), digits(2, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    for bias in p[1::2]:  # at their first values, biases in the wrong place would not show
+        bias.data += torch.randn(bias.shape, generator=generator, dtype=torch.float64)
+    outputs = repro.forward(p, images).detach().numpy()
+    for image, output in zip(images, outputs):
+        expected, connections = unit_by_unit(p, image[0, 2:-2, 2:-2].numpy())
+        np.testing.assert_allclose(output, expected, atol=1e-12)
+        assert connections == utils.reference("lecun1989")["sizes"]["connections"]
+
+
+def test_sizes_are_the_published_ones():
+    sizes, p = utils.reference("lecun1989")["sizes"], repro.init_parameters(0)
+    assert sum(tensor.numel() for tensor in p) == sizes["parameters"]
+    assert 256 + sum(bias.numel() for bias in p[1::2]) == sizes["units"]
+    assert (prepro.TRAIN_SIZE, prepro.TEST_SIZE) == (sizes["train_digits"], sizes["test_digits"])
+    args, _ = repro.parse_flags([])
+    assert args.passes == sizes["passes"]
+    assert args.passes * prepro.TRAIN_SIZE == sizes["presentations"]
+
+
+def test_initial_weights_are_the_historic_ones():
+    torch.manual_seed(1337)
+    for name, fan_in, shape in (
+        ("H1w", 25, (12, 1, 5, 5)),
+        ("H2w", 200, (12, 8, 5, 5)),
+        ("H3w", 192, (192, 30)),
+        ("outw", 30, (30, 10)),
+    ):
+        expected = (torch.rand(shape) - 0.5) * 2 * 2.4 / fan_in**0.5
+        weights = getattr(repro.init_parameters(1337), name)
+        assert torch.equal(weights, expected)
+        assert weights.abs().max() <= 2.4 / fan_in**0.5
+    p = repro.init_parameters(1337)
+    assert all((bias == 0).all() for bias in (p.H1b, p.H2b, p.H3b)) and (p.outb == -1).all()
+    assert not torch.equal(repro.init_parameters(1338).H1w, p.H1w)
+
+
+# Training and evaluation, against autograd and arithmetic
+
+
+def plain_outputs(p, images):
+    """The network again, in the plain way: unbordered images, three convolutions for H2."""
+    x = torch.tanh(F.conv2d(F.pad(images, (2, 2, 2, 2), value=-1), p.H1w, stride=2) + p.H1b)
+    x = F.pad(x, (2, 2, 2, 2), value=-1)
+    a = F.conv2d(x[:, :8], p.H2w[:4], stride=2)
+    b = F.conv2d(x[:, 4:], p.H2w[4:8], stride=2)
+    c = F.conv2d(x[:, [0, 1, 2, 3, 8, 9, 10, 11]], p.H2w[8:], stride=2)
+    x = torch.tanh(torch.cat((a, b, c), dim=1) + p.H2b).flatten(1)
+    return torch.tanh(torch.tanh(x @ p.H3w + p.H3b) @ p.outw + p.outb)
+
+
+def plain_training(p, images, targets, lr, times=1):
+    """The loop that everybody writes: zero_grad, forward, backward, step."""
+    optimizer = torch.optim.SGD(p, lr=lr)
+    for _ in range(times):
+        for i in range(len(images)):
+            optimizer.zero_grad()
+            loss = F.mse_loss(plain_outputs(p, images[[i], :, 2:-2, 2:-2]), targets[[i]])
+            loss.backward()
+            optimizer.step()
+
+
+def test_training_is_that_of_the_plain_loop():
+    images, _, targets = digits(200, dtype=torch.float64)
+    ours, plain, other = (parameters(3, torch.float64) for _ in range(3))
+    for _ in range(2):
+        repro.train_pass(ours, images, targets, lr=0.03)
+    plain_training(plain, images, targets, 0.03, times=2)
+    torch.testing.assert_close(tuple(ours), tuple(plain), rtol=0, atol=1e-12)
+    plain_training(other, images.flip(0), targets.flip(0), 0.03, times=2)  # the order matters, and it shows
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(tuple(ours), tuple(other), rtol=0, atol=1e-12)
+
+
+def test_float32_training_stays_with_float64():
+    """1,000 presentations apart by rounding alone: measured 6e-6, allowed 10 times that."""
+    images, _, targets = digits(1000)
+    single, double = parameters(5), parameters(5, torch.float64)
+    repro.train_pass(single, images, targets, lr=0.03)
+    repro.train_pass(double, images.double(), targets.double(), lr=0.03)
+    for a, b in zip(single, double):
+        assert (a.double() - b).abs().max() < 6e-5
+
+
+def test_gradients_against_finite_differences():
+    images, _, targets = digits(1, seed=9, dtype=torch.float64)
+    before = parameters(11, torch.float64)
+    after = copy(before)
+    repro.train_pass(after, images, targets, lr=1.0)
+    generator = torch.Generator().manual_seed(1)
+    for index, (start, end) in enumerate(zip(before, after)):
+        gradient = (start - end).detach().flatten()
+        for k in torch.randperm(start.numel(), generator=generator)[:20].tolist():
+            losses = []
+            for step in (1e-5, -1e-5):
+                moved = copy(before)
+                moved[index].data.view(-1)[k] += step
+                losses.append((repro.forward(moved, images) - targets).square().mean().item())
+            assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(gradient[k].item(), abs=1e-8)
+
+
+@pytest.mark.parametrize("n", [1, 511, 512, 513, 1300])
+def test_evaluation_is_over_the_whole_split(n):
+    images, labels, targets = digits(n, seed=4)
+    p = parameters(2)
+    loss, misses, outputs = repro.evaluate(p, images, labels)
+    expected = plain_outputs(p, images[:, :, 2:-2, 2:-2]).detach().double().numpy()
+    np.testing.assert_allclose(outputs.numpy(), expected, atol=1e-5)
+    assert loss == pytest.approx(((expected - targets.double().numpy()) ** 2).mean(), rel=1e-5)
+    assert misses == (expected.argmax(1) != labels.numpy()).sum() and isinstance(misses, int)
+    assert not outputs.requires_grad
+
+
+def test_place_code():
+    code = repro.place_code(torch.tensor([3, 0]))
+    assert code.tolist() == [[-1, -1, -1, 1, -1, -1, -1, -1, -1, -1], [1, -1, -1, -1, -1, -1, -1, -1, -1, -1]]
+
+
+def test_any_dtype_of_target_leaves_float32_alone():
+    _, labels, _ = digits(3)
+    assert repro.place_code(labels).dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_cuda_trains_the_same_network():
+    images, labels, targets = digits(300)
+    torch.backends.cudnn.allow_tf32 = False
+    cpu = parameters(1)
+    cuda = repro.Parameters(*(p.detach().cuda().requires_grad_() for p in cpu))
+    repro.train_pass(cpu, images, targets, lr=0.03)
+    repro.train_pass(cuda, images.cuda(), targets.cuda(), lr=0.03)
+    for a, b in zip(cpu, cuda):
+        torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-4)
+    assert (
+        abs(repro.evaluate(cpu, images, labels)[1] - repro.evaluate(cuda, images.cuda(), labels.cuda())[1])
+        <= 2
+    )
+
+
+# The log
+
+
+def test_the_eval_line_is_that_of_the_field():
+    line = "eval: split {}. loss {}. error {}%. misses: {}"
+    row = utils.reference("karpathy2022")["repro"]
+    ours = utils.eval_line("test", row["test_loss"], row["test_error"], row["test_misses"])
+    assert ours == line.format("test ", "2.838382e-02", "4.09", 82)
+    ours = utils.eval_line("train", row["train_loss"], row["train_error"], row["train_misses"])
+    assert ours == line.format("train", "4.073383e-03", "0.62", 45)
+
+
+def test_a_run_writes_what_it_should(tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--data", "strokes", "--smoke", "--seeds", "2", "--seed", "7", "--out", str(out)]
+    assert repro.main(flags) == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {"run.json", "curves.png", "misses.png", "filters.png"} | {
+        f"{kind}{seed}.{suffix}"
+        for kind, suffix in (("seed", "jsonl"), ("weights-seed", "npz"))
+        for seed in (7, 8)
+    }
+    log = utils.read_log(out / "seed7.jsonl")
+    assert [(e["pass"], e["split"]) for e in log] == [(1, "train"), (1, "test"), (2, "train"), (2, "test")]
+    for e in log:
+        assert list(e) == ["pass", "split", "loss", "error", "misses", "n", "presentations", "train_seconds"]
+        assert e["n"] == 500 and e["error"] == 100 * e["misses"] / 500
+        assert e["presentations"] == 500 * e["pass"]
+    run = json.loads((out / "run.json").read_text())
+    assert (
+        run["finished"] and run["seeds"] == [7, 8] and run["settings"] == {"data": "strokes", "smoke": True}
+    )
+    assert run["flags"]["lr"] == 0.03 and run["data_sha256"] == prepro.build_strokes().sha256()
+    for key in (
+        "commit",
+        "dirty",
+        "versions",
+        "cpu",
+        "gpu",
+        "threads",
+        "engine",
+        "device",
+        "started",
+        "wall_seconds",
+    ):
+        assert key in run
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:3] == ["seed 7, pass 1", utils.eval_line(**log[0]), utils.eval_line(**log[1])]
+
+    # The final weights give the final evaluation, and are read without a pickle.
+    with np.load(out / "weights-seed7.npz", allow_pickle=False) as file:
+        p = repro.Parameters(*(torch.tensor(file[name]) for name in repro.Parameters._fields))
+    built = prepro.build_strokes()
+    images = repro.border(torch.tensor(built.test_images[:500, None]))
+    loss, misses, _ = repro.evaluate(p, images, torch.tensor(built.test_labels[:500]))
+    assert misses == log[-1]["misses"] and loss == pytest.approx(log[-1]["loss"], rel=1e-6)
+
+    # The summary is of the last pass, over the seeds.
+    other = utils.read_log(out / "seed8.jsonl")[-1]
+    a, b = log[-1]["misses"], other["misses"]
+    words = f"misses {(a + b) / 2:.1f} +- {abs(a - b) / 2**0.5:.1f}, min {min(a, b):.1f}, max {max(a, b):.1f}"
+    summary = [line for line in printed if line.startswith("summary: split test")]
+    assert len(summary) == 1 and words in summary[0] and "2 seeds" in summary[0]
+
+
+def test_the_misses_drawn_are_all_the_misses(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "gallery", lambda images, captions, title: drawn.update(locals()))
+    targets, answers = np.array([1, 2, 3, 4]), np.array([1, 7, 3, 9])
+    images = np.arange(4.0)[:, None, None] * np.ones((1, 16, 16))
+    figures.misses(images, targets, answers, "title")
+    assert drawn["images"][:, 0, 0].tolist() == [1, 3]
+    assert [caption.split() for caption in drawn["captions"]] == [["2", "→", "7"], ["4", "→", "9"]]
+    assert "2 digits" in drawn["title"]
+
+
+def test_figures_of_no_misses_and_of_many():
+    for n in (0, 1, 15, 16, 100):
+        images = np.zeros((n, 16, 16))
+        figure = figures.misses(images, np.zeros(n, int), np.ones(n, int), "")
+        assert sum(bool(axis.images) for axis in figure.axes) == n
+
+
+# Reproducible
+
+
+def test_same_flags_same_bytes(tmp_path):
+    """Whatever the hash seed, the locale and the folder it is started from; one of many replicas as alone."""
+    a, b, c = (tmp_path / name for name in "abc")
+    assert repro.main([*SMOKE, "--seeds", "2", "--quiet", "--out", str(a)]) == 0
+    assert repro.main([*SMOKE, "--seed", "1338", "--quiet", "--out", str(c)]) == 0
+    done = run_script("repro.py", *SMOKE, "--seeds", "2", "--out", b, PYTHONHASHSEED="3", LC_ALL="C")
+    assert done.returncode == 0, done.stderr
+    for seed in (1337, 1338):
+        same_but_for_times(a / f"seed{seed}.jsonl", b / f"seed{seed}.jsonl")
+        assert (a / f"weights-seed{seed}.npz").read_bytes() == (b / f"weights-seed{seed}.npz").read_bytes()
+    same_but_for_times(a / "seed1338.jsonl", c / "seed1338.jsonl")
+    with pytest.raises(AssertionError):
+        same_but_for_times(a / "seed1337.jsonl", a / "seed1338.jsonl")
+
+
+# Whole runs, held against what is published. They run side by side, and only once.
+
+
+@functools.cache
+def whole_runs():
+    """Start a whole run of seed 1337 on each kind of digit that is on disk: the processes, by name."""
+    out = ROOT / ".pytest_cache" / "whole_runs"
+    flags = {"mnist": ["--data", "mnist", "--draw", "test-first"], "strokes": ["--data", "strokes"]}
+    if not prepro.find_sources("mnist", prepro.find_root()):
+        del flags["mnist"]
+    started = {}
+    for name, some in flags.items():
+        folder = out / f"{name}-{time.time_ns()}"
+        process = start_script("repro.py", *some, "--no-figures", "--quiet", "--out", folder)
+        started[name] = process, folder
+    return started
+
+
+def whole_run(name):
+    """The last evaluation of each split of a whole run."""
+    process, folder = whole_runs()[name]
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    log = utils.read_log(folder / "seed1337.jsonl")
+    assert len(log) == 2 * 23 and log[-1]["presentations"] == 167693
+    return log[-2], log[-1]
+
+
+def test_a_whole_run_on_strokes_is_about_as_hard_as_real_digits():
+    _, test = whole_run("strokes")
+    assert 2 <= test["error"] <= 7
+
+
+def test_a_whole_run_on_mnist_is_the_published_one():
+    real_root("mnist")
+    train, test = whole_run("mnist")
+    assert 40 <= train["misses"] <= 50 and 78 <= test["misses"] <= 90  # published: 45 and 82
+    published = utils.reference("karpathy2022")["repro"]
+    assert train["loss"] == pytest.approx(published["train_loss"], rel=0.05)
+    assert test["loss"] == pytest.approx(published["test_loss"], rel=0.02)
+
+
+# Bad requests and bad luck
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lr", "0"],
+        ["--lr", "inf"],
+        ["--lr", "1e39"],
+        ["--lr", "fast"],
+        ["--passes", "0"],
+        ["--passes", "2.5"],
+        ["--seeds", "0"],
+        ["--seed", "-1"],
+        ["--data", "cifar"],
+        ["--draw", "random"],
+        ["--device", "tpu"],
+        ["--engine", "lisp"],
+        ["--pass", "3"],
+    ],
+)
+def test_unknown_values(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        repro.main(flags)
+    assert stop.value.code == 2
+    one_sentence(capsys.readouterr().err, flags[0], flags[1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_there(capsys):
+    assert repro.main(["--device", "cuda"]) == 2
+    one_sentence(capsys.readouterr().err, "--device cuda", "--device cpu")
+
+
+def test_help_shows_every_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        repro.main(["--help"])
+    assert stop.value.code == 0
+    entries = capsys.readouterr().out.split("\n  --")
+    for flag, default in (("lr", "0.03"), ("passes", "23"), ("seed", "1337"), ("draw", "test-first")):
+        (entry,) = [entry for entry in entries if entry.startswith(f"{flag} ")]
+        assert f"(default: {default}" in entry
+
+
+def test_a_loss_that_is_not_finite(tmp_path, capsys):
+    assert repro.main([*SMOKE, "--lr", "1e38", "--seed", "1", "--quiet", "--out", str(tmp_path / "run")]) == 1
+    one_sentence(capsys.readouterr().err, "loss is nan", "--lr")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_not_finite_keeps_the_passes_before(tmp_path, capsys, monkeypatch):
+    evaluate, calls = repro.evaluate, []
+
+    def fails_in_pass_2(*split):
+        calls.append(split)
+        loss, misses, outputs = evaluate(*split)
+        return (math.inf if len(calls) > 2 else loss), misses, outputs
+
+    monkeypatch.setattr(repro, "evaluate", fails_in_pass_2)
+    out = tmp_path / "run"
+    assert repro.main([*SMOKE, "--quiet", "--out", str(out)]) == 1
+    one_sentence(capsys.readouterr().err, "after pass 2", out)
+    assert {e["pass"] for e in utils.read_log(out / "seed1337.jsonl")} == {1}
+    assert json.loads((out / "run.json").read_text())["finished"] is False
+
+
+def wait_for(path, process):
+    for _ in range(600):
+        if path.exists():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    pytest.fail(f"{path} did not appear")
+
+
+LONG = ["--data", "strokes", "--no-figures", "--smoke", "--seeds", "200", "--quiet"]
+
+
+def test_control_c_keeps_what_is_finished(tmp_path):
+    out = tmp_path / "run"
+    process = start_script("repro.py", *LONG, "--out", out)
+    wait_for(out / "unfinished" / "seed1338.jsonl", process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    one_sentence(errors, "interrupted", "kept in", out)
+    log = utils.read_log(out / "seed1337.jsonl")
+    assert [e["pass"] for e in log] == [1, 1, 2, 2]
+    assert not (out / "unfinished").exists()
+    run = json.loads((out / "run.json").read_text())
+    assert run["finished"] is False
+
+
+def test_an_interrupted_run_does_not_replace_a_finished_one(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    assert repro.main([*SMOKE, "--quiet", "--out", str(out)]) == 0
+    before = (out / "seed1337.jsonl").read_bytes()
+    evaluate, calls = repro.evaluate, []
+
+    def interrupted_in_pass_2(*split):
+        calls.append(split)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return evaluate(*split)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(repro, "evaluate", interrupted_in_pass_2)
+        assert repro.main([*SMOKE, "--quiet", "--out", str(out)]) == 130
+    one_sentence(capsys.readouterr().err, "interrupted", out / "unfinished")
+    assert (out / "seed1337.jsonl").read_bytes() == before
+    assert len(utils.read_log(out / "unfinished" / "seed1337.jsonl")) == 2
+
+    # The same command again replaces its results whole, and clears what was left over.
+    assert repro.main([*SMOKE, "--quiet", "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "run.json",
+        "seed1337.jsonl",
+        "weights-seed1337.npz",
+    ]
+
+
+def test_a_killed_run_can_be_run_again(tmp_path):
+    out = tmp_path / "run"
+    process = start_script("repro.py", *LONG, "--out", out)
+    wait_for(out / "unfinished" / "seed1337.jsonl", process)
+    process.kill()
+    process.communicate()
+    for path in (out / "unfinished").glob("seed*.jsonl"):
+        assert utils.read_log(path)  # whole lines of JSON
+    assert repro.main([*SMOKE, "--quiet", "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "run.json",
+        "seed1337.jsonl",
+        "weights-seed1337.npz",
+    ]
+
+
+def test_two_runs_into_one_folder(tmp_path, capsys):
+    out = tmp_path / "run"
+    process = start_script("repro.py", *LONG, "--out", out)
+    try:
+        wait_for(out / "unfinished" / "seed1337.jsonl", process)
+        assert repro.main([*LONG, "--out", str(out)]) == 2
+        one_sentence(capsys.readouterr().err, out, "another run", "--out")
+        assert (out / "unfinished" / "seed1337.jsonl").exists() and process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter1.txt").write_text("It was a dark and stormy night.")
+    assert repro.main([*SMOKE, "--out", str(thesis)]) == 2
+    one_sentence(capsys.readouterr().err, thesis, "not empty")
+    assert [path.name for path in thesis.iterdir()] == ["chapter1.txt"]
+
+
+def test_settings_do_not_mix(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert repro.main([*SMOKE, "--quiet", "--out", str(out)]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for other in (["--lr", "0.1"], ["--seeds", "2"], ["--seed", "5"]):
+        capsys.readouterr()
+        assert repro.main([*SMOKE, *other, "--quiet", "--out", str(out)]) == 2
+        one_sentence(capsys.readouterr().err, out, "other settings")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "run.json").write_text("{")
+    assert repro.main([*SMOKE, "--quiet", "--out", str(out)]) == 2
+    one_sentence(capsys.readouterr().err, out / "run.json", "damaged")
+
+
+def test_settings_name_the_folder():
+    def name(*flags):
+        args, settings = repro.parse_flags(flags)
+        run = utils.describe_run("repro", {"data": "usps"} | settings, args, engine="torch")
+        return utils.run_path(args.out, run).relative_to(ROOT / "results" / "repro").as_posix()
+
+    assert name() == "usps-seed1337"
+    assert name("--seeds", "3", "--lr", "0.1", "--passes", "5") == "usps-passes5-lr0.1-seeds1337-1339"
+    assert name("--smoke", "--device", "cuda") == "usps-smoke-cuda-seed1337"
+    assert name("--lr", "0.03") == "usps-seed1337"
+
+
+def test_an_out_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert repro.main([*SMOKE, "--out", str(out)]) == 2
+        one_sentence(capsys.readouterr().err, out)
+
+
+def test_a_full_disk_keeps_the_passes_before(tmp_path):
+    """The log grows with every pass; here no file may pass 1,000 bytes."""
+    small = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1000, 1000))
+    out = tmp_path / "run"
+    done = run_script("repro.py", *SMOKE, "--quiet", "--out", out, limit=small)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1 and "could not be written" in done.stderr
+    assert list(out.rglob("*.tmp")) == []
+    assert utils.read_log(next(out.rglob("seed1337.jsonl")))
+
+
+def test_nobody_reads_its_output(tmp_path):
+    process = start_script("repro.py", *SMOKE, "--out", tmp_path / "run")
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.wait(timeout=120)
+    process.stderr.close()
+    assert process.returncode == 1
+    one_sentence(errors, "nobody reads", tmp_path / "run")
+
+
+def test_without_a_network_strokes_are_taken_loudly(tmp_path):
+    nothing = {"DROSOPHILA_DATA": tmp_path / "nothing"}
+    done = run_script("repro.py", "--smoke", "--out", tmp_path / "run", **nothing)
+    assert done.returncode == 0, done.stderr
+    assert "NOTICE" in done.stderr and "strokes" in done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["data"] == "strokes"
+    for picture in ("curves.png", "misses.png", "filters.png"):
+        assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
+    done = run_script("repro.py", "--smoke", "--data", "mnist", **nothing)
+    assert done.returncode == 2
+    one_sentence(done.stderr, "mnist", "--data-root")
