@@ -57,15 +57,18 @@ def learning_curves(logs, title, published=None):
 
 
 def gallery(images, captions, title, columns=15, low=-1, high=1):
-    """Images (n, height, width) in rows, each with its caption; `low` is white and `high` black."""
-    rows = max(1, -(-len(images) // columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(columns * 0.6, rows * 0.78 + 0.4), squeeze=False)
-    figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, caption in zip(axes.flat, images, captions):
-        axis.imshow(image, vmin=low, vmax=high)
-        axis.set_title(caption, fontsize="small", pad=2, loc="center")
+    """Images (n, height, width) in rows, a caption above each; `low` is white and `high` black."""
+    n, height, width = images.shape
+    rows, room, gap = max(1, -(-n // columns)), height * 0.4, width * 0.2  # room for the captions, in pixels
+    size = columns * 0.6, rows * 0.6 * (height + room) / (width + gap) + 0.5
+    figure, axis = plt.subplots(figsize=size)
+    axis.set_title(title, fontsize="medium")
+    for k, (image, caption) in enumerate(zip(images, captions)):
+        x, y = k % columns * (width + gap), k // columns * (height + room) + room
+        axis.imshow(image, vmin=low, vmax=high, extent=(x, x + width, y + height, y))
+        axis.text(x + width / 2, y, caption, fontsize="small", ha="center", va="bottom")
+    axis.set(xlim=(0, columns * (width + gap)), ylim=(rows * (height + room), 0), aspect="equal")
+    axis.axis("off")
     return figure
 
 

@@ -11,8 +11,8 @@ of strings, which changes from run to run, so its users got one of two data sets
 says which.
 
 Each file holds train_images and test_images (n, 16, 16), float32 in [-1, 1] with -1 for the background,
-train_labels and test_labels (n,), int64, and how they were made (`provenance`, JSON). A gallery is drawn
-beside it. What a genuine set looks like is in reference/datasets.toml.
+train_labels and test_labels (n,), int64, and how they were made (`provenance`, JSON). This script also
+draws a gallery of it. What a genuine set looks like is in reference/datasets.toml.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ TRAIN_SIZE, TEST_SIZE = 7291, 2007  # LeCun et al. 1989
 MNIST_SEED = 1337  # Karpathy's
 STROKES_SEED = 1989
 DRAWS = ("test-first", "train-first")
-DATA = utils.ROOT / "data"
+DATA = (utils.ROOT / "data").resolve()
 SOURCES = {  # the files that torchvision reads, under the data root: those to train on, those to test on
     "mnist": (
         ("MNIST/raw/train-images-idx3-ubyte", "MNIST/raw/train-labels-idx1-ubyte"),
@@ -80,11 +80,19 @@ def load(name, draw=None, data_root=None):
     prepared = DATA / f"{file_name(name, draw)}.npz"
     if prepared.exists():
         digits = read(prepared)
+        if (digits.provenance["data"], digits.provenance.get("draw")) != (name, draw):
+            raise damaged(prepared, "it holds other digits than its name says", BUILD_ANEW)
         sources = find_sources(name, root)
         if sources == digits.provenance["sources"] or (not sources and root == DATA):
             return digits
     digits = build(name, draw, root)
-    write(digits, prepared)
+    try:
+        write(digits, prepared)
+    except (utils.RunFailed, OSError) as error:  # such as a checkout that is read-only
+        print(
+            f"prepro.py: the digits are built anew each time, since they cannot be kept ({error})",
+            file=sys.stderr,
+        )
     return digits
 
 
@@ -102,7 +110,7 @@ def build_mnist(root, draw):
     """MNIST, bilinear to 16x16 without antialiasing, drawn as Karpathy's prepro.py draws it."""
     import torch
     import torch.nn.functional as F
-    from torchvision.datasets import MNIST
+    from torchvision.datasets.mnist import read_image_file, read_label_file
 
     generator = np.random.RandomState(MNIST_SEED)
     chosen = {}
@@ -112,10 +120,12 @@ def build_mnist(root, draw):
 
     arrays = []
     for split in ("train", "test"):
-        mnist = MNIST(root, train=split == "train")
-        images = mnist.data[chosen[split]].float()[:, None] / 127.5 - 1
+        # The files that were checked, and no other: torchvision's MNIST prefers a processed/ folder of old.
+        images_file, labels_file = SOURCES["mnist"][split == "test"]
+        images, labels = read_image_file(str(root / images_file)), read_label_file(str(root / labels_file))
+        images = images[chosen[split]].float()[:, None] / 127.5 - 1
         images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=False)
-        arrays += [images[:, 0].numpy(), mnist.targets[chosen[split]].numpy()]
+        arrays += [images[:, 0].numpy(), labels[chosen[split]].numpy()]
     how = {"data": "mnist", "draw": draw, "seed": MNIST_SEED, "resize": "bilinear, no antialiasing"}
     return Digits(*arrays, {**how, "sources": find_sources("mnist", root), "torch": torch.__version__})
 
@@ -127,8 +137,9 @@ def build_usps(root):
     arrays = []
     for train, (file,) in zip((True, False), SOURCES["usps"]):
         try:
-            usps = USPS((root / file).parent, train=train)
-        except (OSError, EOFError, ValueError, IndexError) as error:
+            with np.errstate(invalid="raise"):  # torchvision makes a number even of nan
+                usps = USPS((root / file).parent, train=train)
+        except (OSError, EOFError, ValueError, IndexError, FloatingPointError) as error:
             raise damaged(root / file, error, DOWNLOAD_ANEW) from error
         arrays += [usps.data.astype(np.float32) / 127.5 - 1, np.array(usps.targets, dtype=np.int64)]
     return Digits(*arrays, {"data": "usps", "sources": find_sources("usps", root)})
@@ -136,8 +147,8 @@ def build_usps(root):
 
 def build_strokes(train_size=TRAIN_SIZE, test_size=TEST_SIZE):
     """Procedural digits, as many as wanted; a larger set begins with the smaller one."""
-    train = strokes.draw_digits(train_size, (STROKES_SEED, 0))
-    test = strokes.draw_digits(test_size, (STROKES_SEED, 1))
+    train = strokes.draw_digits(train_size, (STROKES_SEED, 1))
+    test = strokes.draw_digits(test_size, (STROKES_SEED, 2))
     return Digits(*train, *test, {"data": "strokes", "seed": STROKES_SEED, "sources": {}})
 
 
@@ -176,14 +187,21 @@ def find_sources(name, root):
 def download(name, root):
     """Let torchvision download `name` to `root`: each file appears there whole, or not at all."""
     import socket
-    from urllib.error import URLError
+    from http.client import HTTPException
 
     from torchvision.datasets import MNIST, USPS
 
+    elsewhere = "let --data-root (or DROSOPHILA_DATA) name a folder that holds it"
+    try:
+        new_folder = not root.exists()
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unavailable(
+            f"{name} is not in {root}, nor can it be put there ({error.strerror}): {elsewhere}."
+        ) from error
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds without an answer; the default is to wait for ever
     try:
-        root.mkdir(parents=True, exist_ok=True)
         with (
             tempfile.TemporaryDirectory(dir=root, prefix=".download-") as beside,
             contextlib.redirect_stdout(sys.stderr),
@@ -196,11 +214,12 @@ def download(name, root):
                 for file in files:
                     (root / file).parent.mkdir(parents=True, exist_ok=True)
                     os.replace(Path(beside) / file, root / file)
-    except (RuntimeError, URLError, OSError, EOFError, ValueError) as error:
-        where = "--data-root (or DROSOPHILA_DATA)"
+    except (RuntimeError, HTTPException, OSError, EOFError, ValueError) as error:
+        if new_folder:
+            root.rmdir()
         raise Unavailable(
-            f"{name} is not in {root} and could not be downloaded ({_reason(error)}): "
-            f"connect to the network and run again, or let {where} name a folder that holds it."
+            f"{name} is not, or not all, in {root} and could not be downloaded ({_reason(error)}): "
+            f"connect to the network and run again, or {elsewhere}."
         ) from error
     finally:
         socket.setdefaulttimeout(patience)
@@ -237,9 +256,10 @@ def file_name(name, draw=None):
 
 def write(digits, path):
     """Write a prepared set as .npz, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     arrays = dict(zip(Digits._fields[:4], digits[:4]))
-    utils.write_whole(path, utils.npz_bytes(**arrays, provenance=np.array(json.dumps(digits.provenance))))
+    provenance = json.dumps({**digits.provenance, "sha256": digits.sha256()})
+    utils.write_whole(path, utils.npz_bytes(**arrays, provenance=np.array(provenance)))
 
 
 def read(path):
@@ -247,7 +267,10 @@ def read(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[field] for field in Digits._fields[:4]]
-            digits = Digits(*arrays, json.loads(str(file["provenance"])))
+            provenance = json.loads(str(file["provenance"]))
+            digits = Digits(*arrays, provenance)
+            if digits.sha256() != provenance.pop("sha256") or not {"data", "sources"} <= set(provenance):
+                raise ValueError("it does not hold what was written")
     except Exception as error:  # zipfile, zlib, numpy and json each have their own way to say so
         raise damaged(path, error, BUILD_ANEW) from error
     check(digits, path, path, BUILD_ANEW)
@@ -261,11 +284,16 @@ def check(digits, train_file, test_file, remedy):
     counts = published["draws"].get(draw, {}) if name == "mnist" else published.get(name, {})
     for split, where in (("train", train_file), ("test", test_file)):
         images, labels = getattr(digits, f"{split}_images"), getattr(digits, f"{split}_labels")
-        if images.dtype != np.float32 or images.shape != (len(labels), SIDE, SIDE) or len(labels) == 0:
+        if (
+            images.dtype != np.float32
+            or images.shape != (labels.size, SIDE, SIDE)
+            or labels.shape != (len(images),)
+            or not labels.size
+        ):
             raise damaged(where, f"{split} images are {images.dtype} {images.shape}", remedy)
         if not (np.abs(images) <= 1).all():  # not a number is not in range either
             raise damaged(where, f"a {split} pixel is outside [-1, 1]", remedy)
-        if labels.dtype != np.int64 or labels.ndim != 1 or labels.min() < 0 or labels.max() > 9:
+        if labels.dtype != np.int64 or labels.min() < 0 or labels.max() > 9:
             raise damaged(where, f"a {split} label is not a digit from 0 to 9", remedy)
         expected = counts.get(f"{split}_counts")
         if expected and np.bincount(labels, minlength=10).tolist() != expected:
@@ -278,12 +306,12 @@ def check(digits, train_file, test_file, remedy):
 @utils.exit_status
 def main(argv=None):
     parser = utils.Parser("prepro", __doc__)
-    size = utils.number(int, at_least=1)
+    size = utils.number(int, at_least=1, at_most=10_000_000)  # 10 GB
     parser.add_argument("--data", default="mnist", choices=("mnist", "usps", "strokes"), help="which digits")
     parser.add_argument("--draw", choices=DRAWS, help=DRAW_HELP)
     parser.add_argument("--data-root", metavar="DIR", help=DATA_ROOT_HELP)
-    parser.add_argument("--train-size", default=TRAIN_SIZE, type=size, help="strokes to train on, any number")
-    parser.add_argument("--test-size", default=TEST_SIZE, type=size, help="strokes to test on, any number")
+    parser.add_argument("--train-size", default=TRAIN_SIZE, type=size, help="strokes to train on")
+    parser.add_argument("--test-size", default=TEST_SIZE, type=size, help="strokes to test on")
     parser.add_argument("--out", metavar="DIR", type=Path, default=DATA, help="where the set is written")
     parser.add_argument("--quiet", action="store_true", help="print only errors")
     args = parser.parse_args(argv)
@@ -301,6 +329,13 @@ def main(argv=None):
         )
     if sizes != (TRAIN_SIZE, TEST_SIZE):
         name += f"-{args.train_size}-{args.test_size}"
+
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise utils.BadRequest(
+            f"--out {args.out} cannot be a folder ({error.strerror}): name another."
+        ) from error
 
     import figures
 

@@ -117,7 +117,7 @@ def evaluate(parameters, images, labels):
     return loss, misses, outputs
 
 
-def train(seed, splits, args, device, log_path, progress):
+def train(name, seed, splits, args, device, log_path, progress):
     """Train one replica: its parameters and its log, which is written after every pass."""
     parameters = Parameters(*(parameter.to(device).requires_grad_() for parameter in init_parameters(seed)))
     images, labels = splits["train"]
@@ -146,7 +146,7 @@ def train(seed, splits, args, device, log_path, progress):
             log.append(evaluation)
         utils.write_log(log_path, log)
         if not args.quiet:
-            tqdm.write(f"seed {seed}, pass {passes}")
+            tqdm.write(f"{name}, seed {seed}, pass {passes}")
             for evaluation in log[-2:]:
                 tqdm.write(utils.eval_line(**evaluation))
             sys.stdout.flush()
@@ -175,12 +175,12 @@ def to_tensors(images, labels, args, device):
     return border(torch.tensor(images[:n, None])).to(device), torch.tensor(labels[:n]).to(device)
 
 
-def summary(logs):
+def summary(name, logs):
     """A line for each split: mean, standard deviation, min and max over the replicas, after the last pass."""
     lines = []
     for split in ("train", "test"):
         last = [[evaluation for evaluation in log if evaluation["split"] == split][-1] for log in logs]
-        line = f"summary: split {split:5s}. {len(last)} seeds."
+        line = f"summary: {name}, {len(last)} seeds. split {split:5s}."
         for quantity, form in (("loss", ".3e"), ("error", ".2f"), ("misses", ".1f")):
             values = [evaluation[quantity] for evaluation in last]
             mean, sd, low, high = statistics.mean(values), statistics.stdev(values), min(values), max(values)
@@ -189,17 +189,16 @@ def summary(logs):
     return "\n".join(lines)
 
 
-def draw_figures(folder, run, logs, parameters, splits):
+def draw_figures(folder, name, seed, logs, parameters, splits):
     """curves.png of all replicas; misses.png and filters.png of the first."""
     import figures
 
-    title = ", ".join(run["settings"][key] for key in ("data", "draw") if key in run["settings"])
-    paper = None if run["settings"]["data"] == "strokes" else utils.reference("lecun1989")["result"]
-    figures.save(figures.learning_curves(logs, title, paper), folder / "curves.png")
+    paper = None if name == "strokes" else utils.reference("lecun1989")["result"]
+    figures.save(figures.learning_curves(logs, name, paper), folder / "curves.png")
 
     images, labels = splits["test"]
     _, _, outputs = evaluate(parameters, images, labels)
-    title += f", seed {run['seeds'][0]}"
+    title = f"{name}, seed {seed}"
     digits = images[:, 0, 2:-2, 2:-2].cpu().numpy()
     answers, targets = outputs.argmax(dim=1).cpu().numpy(), labels.cpu().numpy()
     figures.save(figures.misses(digits, targets, answers, title), folder / "misses.png")
@@ -210,22 +209,20 @@ def draw_figures(folder, run, logs, parameters, splits):
 def parse_flags(argv):
     """The flags, and `settings`: those that decide the numbers, where they are not the defaults."""
     parser = utils.Parser("repro", __doc__)
+    count, seed = utils.number(int, at_least=1, at_most=10**6), utils.number(int, at_least=0, at_most=2**32)
+    rate = utils.number(float, above=0, at_most=1e38)  # float32 ends there
     flag = parser.add_argument_group("data").add_argument
     flag("--data", default="auto", choices=("auto", "mnist", "usps", "strokes"), help=prepro.AUTO_HELP)
     flag("--draw", choices=prepro.DRAWS, help=prepro.DRAW_HELP)
     flag("--data-root", metavar="DIR", help=prepro.DATA_ROOT_HELP)
     flag = parser.add_argument_group("optimisation").add_argument
-    flag("--passes", default=23, type=utils.number(int, at_least=1), help="over the digits to train on")
-    rate = utils.number(float, above=0, at_most=1e38)  # float32 ends there
+    flag("--passes", default=23, type=count, help="over the digits to train on")
     flag("--lr", default=0.03, type=rate, help="learning rate, held constant")
     flag = parser.add_argument_group("run").add_argument
-    seed = utils.number(int, at_least=0, at_most=2**32)
     flag("--seed", default=1337, type=seed, help="of the first replica's weights")
-    flag("--seeds", default=1, type=utils.number(int, at_least=1), help="replicas, from --seed on")
+    flag("--seeds", default=1, type=count, help="replicas, from --seed on")
     flag("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="where PyTorch computes")
-    flag(
-        "--engine", default="auto", choices=("auto", "torch"), help="what trains; auto: the fastest there is"
-    )
+    flag("--engine", default="auto", choices=("auto", "torch"), help="what trains; auto: the fastest")
     flag("--smoke", action="store_true", help="at most 2 passes over 500 digits: does everything run?")
     flag = parser.add_argument_group("output").add_argument
     flag("--out", metavar="DIR", help="folder of the run (default: results/repro/<named by its settings>)")
@@ -254,13 +251,16 @@ def main(argv=None):
         "test": to_tensors(digits.test_images, digits.test_labels, args, device),
     }
     settings = {key: value for key, value in digits.provenance.items() if key in ("data", "draw")} | settings
+    name = ", ".join(settings[key] for key in ("data", "draw") if key in settings)
     run = utils.describe_run("repro", settings, args, engine="torch", data_sha256=digits.sha256())
     with utils.run_folder(args.out, run) as folder:
         logs, first = [], None
         total = args.seeds * args.passes * len(splits["train"][1])
         with tqdm(total=total, unit="digit", unit_scale=True, disable=args.quiet or None) as progress:
             for seed in run["seeds"]:
-                parameters, log = train(seed, splits, args, device, folder / f"seed{seed}.jsonl", progress)
+                parameters, log = train(
+                    name, seed, splits, args, device, folder / f"seed{seed}.jsonl", progress
+                )
                 logs.append(log)
                 first = first or parameters
                 arrays = {
@@ -268,9 +268,9 @@ def main(argv=None):
                 }
                 utils.write_whole(folder / f"weights-seed{seed}.npz", utils.npz_bytes(**arrays))
         if args.figures:
-            draw_figures(folder, run, logs, first, splits)
+            draw_figures(folder, name, args.seed, logs, first, splits)
     if args.seeds > 1:
-        print(summary(logs))
+        print(summary(name, logs))
     if not args.quiet:
         print(f"logs, weights and figures: {utils.run_path(args.out, run)}")
 

@@ -213,7 +213,7 @@ def draw_digits(n, seed):
     images = np.empty((n, SIDE, SIDE), dtype=np.float32)
     labels = np.empty(n, dtype=np.int64)
     for block, start in enumerate(range(0, n, BLOCK)):
-        rng = np.random.default_rng([*np.atleast_1d(seed), block])
+        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(block,)))
         drawn, digits = _draw_block(BLOCK, rng)
         images[start : start + BLOCK], labels[start : start + BLOCK] = drawn[: n - start], digits[: n - start]
     return images, labels

@@ -10,8 +10,10 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -39,17 +41,27 @@ def exit_status(main):
 
     @functools.wraps(main)
     def wrapper(argv=None):
+        sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # a terminal of ASCII gets question marks
         try:
             main(argv)
-            sys.stdout.flush()  # a closed pipe shows here at the latest
+            sys.stdout.flush()  # a closed pipe or a full disk shows here at the latest
             return 0
         except (BadRequest, RunFailed) as error:
             sentence, status, stop = str(error), error.status, error
         except KeyboardInterrupt as interrupt:
             sentence, status, stop = "interrupted.", 130, interrupt
         except BrokenPipeError as error:
-            sys.stdout = open(os.devnull, "w")  # or the interpreter complains once more on its way out
             sentence, status, stop = "stopped, since nobody reads what it prints.", 1, error
+        except OSError as error:
+            where = error.filename or "its output"
+            sentence, status, stop = f"stopped, since {where} cannot be used ({error.strerror}).", 1, error
+        try:
+            sys.stdout.flush()
+        except OSError:
+            sys.stdout = open(os.devnull, "w")  # or the interpreter complains once more on its way out
         script = Path(main.__code__.co_filename).name
         print(f"{script}:", sentence, *getattr(stop, "__notes__", []), file=sys.stderr)
         return status
@@ -83,9 +95,10 @@ def number(kind, at_least=-math.inf, at_most=math.inf, above=-math.inf):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and at_least <= value <= at_most and value > above):
+            fits = math.isfinite(value) and at_least <= value <= at_most and value > above
+        except (ValueError, OverflowError):
+            fits = False
+        if not fits:
             bounds = {"of at least": at_least, "above": above, "of at most": at_most}
             limits = " and ".join(
                 f"{words} {bound}" for words, bound in bounds.items() if math.isfinite(bound)
@@ -142,7 +155,11 @@ def to_json(record):
 
 def reference(name):
     """The published numbers in `reference/<name>.toml`."""
-    return tomllib.loads((ROOT / "reference" / f"{name}.toml").read_text(encoding="utf-8"))
+    path = ROOT / "reference" / f"{name}.toml"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadRequest(f"{path} cannot be read ({error}): restore it from git.") from error
 
 
 def published(entry):
@@ -240,8 +257,9 @@ def run_folder(out, run):
     folder = run_path(out, run)
     unfinished = folder / "unfinished"
     started = time.time()
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / ".lock")  # it stays: to delete a lock is to let two in
     try:
+        _earlier_run(folder, run)
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
@@ -264,23 +282,24 @@ def run_folder(out, run):
             raise
     finally:
         lock.release()
-        with contextlib.suppress(OSError):
-            (folder / ".lock").unlink()
-        with contextlib.suppress(OSError):  # where nothing came of it, nothing is left of it
-            folder.rmdir()
 
 
 def _earlier_run(folder, run):
     """The run.json of an earlier run of this command in `folder`; {} if `folder` is free; else BadRequest."""
-    path = folder / "run.json"
-    if not path.exists():
-        if any(entry.name not in (".lock", "unfinished") for entry in folder.iterdir()):
+    entries = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if "unfinished" in entries:
+        left_over = {path.name for path in (folder / "unfinished").iterdir() if path.suffix != ".tmp"}
+        if left_over and "run.json" not in left_over:
+            raise BadRequest(f"{folder / 'unfinished'} holds files of no run: give another --out.")
+    if "run.json" not in entries:
+        if entries - {".lock", "unfinished"}:
             raise BadRequest(f"{folder} is not empty and holds no run: give another --out.")
         return {}
+    path = folder / "run.json"
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         command = {key: earlier[key] for key in ("script", "settings", "seeds", "device", "engine")}
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError):
         raise BadRequest(f"{path} is damaged: delete {folder}, or give another --out.") from None
     if command != {key: run[key] for key in command}:
         raise BadRequest(f"{folder} holds a run with other settings: delete it, or give another --out.")
@@ -291,7 +310,7 @@ def _keep_finished_passes(unfinished, folder, earlier, run):
     """Keep what a run that did not finish has logged, and say where."""
     kept = unfinished
     if not any(unfinished.glob("seed*.jsonl")):
-        shutil.rmtree(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
         return "No pass had finished."
     if not earlier.get("finished"):
         with contextlib.suppress(RunFailed):  # of a full disk; then they stay where they are
@@ -301,11 +320,31 @@ def _keep_finished_passes(unfinished, folder, earlier, run):
 
 
 def _publish(unfinished, folder, earlier, run):
-    """Move the files of a run to `folder`, in the place of the files of the `earlier` run."""
+    """Move the files of a run to `folder`, in the place of the files of the `earlier` run.
+
+    Killed on the way, it leaves a run.json that says `"finished": false` and names the files of both.
+    """
     files = sorted(path.name for path in unfinished.iterdir() if path.name != "run.json")
+    replaced = {Path(name).name for name in earlier.get("files", [])}
     write_whole(unfinished / "run.json", to_json({**run, "files": files}))
-    for name in set(earlier.get("files", [])) - set(files):
-        (folder / Path(name).name).unlink(missing_ok=True)
-    for name in [*files, "run.json"]:
-        os.replace(unfinished / name, folder / name)
-    unfinished.rmdir()
+    on_the_way = {**run, "finished": False, "files": sorted(replaced.union(files))}
+    with _no_interrupts():
+        write_whole(folder / "run.json", to_json(on_the_way))
+        for name in replaced.difference(files):
+            (folder / name).unlink(missing_ok=True)
+        for name in [*files, "run.json"]:
+            os.replace(unfinished / name, folder / name)
+        unfinished.rmdir()
+
+
+@contextlib.contextmanager
+def _no_interrupts():
+    """Let Ctrl-C go unheard for the moment that a few renames take."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)

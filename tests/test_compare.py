@@ -12,7 +12,7 @@ import utils
 SOURCES = {source: utils.reference(source) for source in compare.SOURCES}
 
 
-def write_run(results, name, settings, misses, **changes):
+def write_run(results, name, settings, misses, loss=4.07e-3, **changes):
     """A finished run of repro.py with the given test misses, a seed for each."""
     folder = results / "repro" / name
     folder.mkdir(parents=True)
@@ -21,10 +21,10 @@ def write_run(results, name, settings, misses, **changes):
     (folder / "run.json").write_text(json.dumps(run))
     for seed, missed in zip(seeds, misses):
         log = [
-            {"pass": passes, "split": split, "loss": loss, "error": 100 * m / n, "misses": m, "n": n}
+            {"pass": passes, "split": split, "loss": value, "error": 100 * m / n, "misses": m, "n": n}
             for passes in (1, 2)
-            for split, loss, m, n in (
-                ("train", 4.07e-3 + 1e-5 * (missed - 82), missed // 2 + 3, 7291),
+            for split, value, m, n in (
+                ("train", loss + 1e-5 * (missed - misses[0]), missed // 2 + 3, 7291),
                 ("test", 2.84e-2 + 1e-5 * (missed - 82), missed if passes == 2 else 999, 2007),
             )
         ]
@@ -39,8 +39,8 @@ def verdicts(results):
     rows, _ = compare.collect(results)
     return {
         f"{source}.{key}.{comparison.quantity}": comparison.verdict
-        for source, key, row, run in rows
-        if run is not None
+        for source, key, row, runs in rows
+        for run in runs[:1]
         for comparison in compare.compare(row, run)
     }
 
@@ -95,7 +95,7 @@ def test_the_interval_holds_95_of_100():
     rng = np.random.default_rng(0)
     for n in (5, 20):
         samples = rng.normal(50, 7, (4000, n + 1))
-        inside = sum(compare.verdict(s[0], list(s[1:]), {}) == compare.AGREES for s in samples)
+        inside = sum(compare.verdict(s[0], list(s[1:]), False) == compare.AGREES for s in samples)
         assert 0.94 < inside / 4000 < 0.96
 
 
@@ -107,6 +107,7 @@ def test_verdicts(tmp_path):
     assert says["karpathy2022.repro.test_misses"] == compare.AGREES
     assert says["karpathy2022.repro-train-first.test_misses"] == compare.DIFFERS
     assert says["lecun1989.result.test_misses"] == compare.EXPLAINED
+    assert says["lecun1989.result.train_loss"] == compare.DIFFERS  # which nothing expects
     assert len(says) == 12  # error and misses are one number
 
 
@@ -116,7 +117,7 @@ def test_one_seed_says_nothing(tmp_path):
     assert compare.main(["--results", str(tmp_path)]) == 0
 
 
-def test_the_run_with_the_most_seeds_is_taken_and_only_of_the_same_settings(tmp_path):
+def test_only_runs_of_the_same_settings_and_that_of_the_most_seeds_first(tmp_path, capsys):
     write_run(tmp_path, "a", MNIST, [80, 84, 79])
     write_run(tmp_path, "b", MNIST, [80, 84, 79, 90])
     write_run(tmp_path, "c", MNIST | {"lr": 0.1}, [10] * 9)
@@ -124,8 +125,10 @@ def test_the_run_with_the_most_seeds_is_taken_and_only_of_the_same_settings(tmp_
     write_run(tmp_path, "e", MNIST, [10] * 9, finished=False)
     write_run(tmp_path, "f", MNIST, [10] * 9, script="modern")
     rows, _ = compare.collect(tmp_path)
-    runs = {run.path.name for _, _, _, run in rows if run is not None}
-    assert runs == {"b"}
+    assert [[run.path.name for run in runs] for _, _, _, runs in rows if runs] == [["b", "a"]]
+    assert "/b), n = 4" in compare.markdown_table(rows) and "/a)" not in compare.markdown_table(rows)
+    assert compare.main(["--results", str(tmp_path)]) == 0
+    assert "repro/a, 3 seeds" in capsys.readouterr().out
 
 
 def test_misprints_are_not_held(tmp_path):
@@ -142,7 +145,7 @@ def test_misprints_are_not_held(tmp_path):
 
 def test_check(tmp_path, capsys):
     write_run(tmp_path, "near", MNIST, [80, 84, 79, 86, 82])
-    write_run(tmp_path, "usps", {"data": "usps"}, [200, 203, 204, 205, 206])  # differs, and the row says why
+    write_run(tmp_path, "usps", {"data": "usps"}, [200, 203, 204, 205, 206], loss=2.48e-3)  # as expected
     assert compare.main(["--results", str(tmp_path), "--check"]) == 0
     shutil.rmtree(tmp_path / "repro" / "near")
     write_run(tmp_path, "far", MNIST, [180, 184, 179, 186, 182])
@@ -150,14 +153,18 @@ def test_check(tmp_path, capsys):
     capsys.readouterr()
     assert compare.main(["--results", str(tmp_path), "--check"]) == 1
     one_sentence(capsys.readouterr().err, "karpathy2022.repro.test_misses")
+    shutil.rmtree(tmp_path / "repro")
+    write_run(tmp_path, "usps", {"data": "usps"}, [1800, 1803, 1804, 1805, 1806], loss=0.7)  # not as expected
+    assert compare.main(["--results", str(tmp_path), "--check"]) == 1
+    one_sentence(capsys.readouterr().err, "lecun1989.result.train_loss")
 
 
 def test_strokes_are_held_against_nothing(tmp_path, capsys):
     write_run(tmp_path, "strokes", {"data": "strokes"}, [82, 82, 83])
     rows, strokes = compare.collect(tmp_path)
-    assert all(run is None for _, _, _, run in rows) and len(strokes) == 1
+    assert not any(runs for _, _, _, runs in rows) and len(strokes) == 1
     row = SOURCES["lecun1989"]["result"] | {"run": {"script": "repro", "data": "strokes"}}
-    assert compare.find_run(row, strokes) is None  # not even by mistake
+    assert compare.find_runs(row, strokes) == []  # not even by mistake
     assert compare.main(["--results", str(tmp_path), "--check"]) == 0
     assert "held against no paper" in capsys.readouterr().out
 
@@ -188,11 +195,11 @@ def test_diff(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "damage", ["log gone", "log torn", "empty log", "run torn", "nan", "too many misses"]
+    "damage", ["log gone", "log torn", "empty log", "run torn", "no settings", "nan", "too many misses"]
 )
 def test_damaged_runs(damage, tmp_path, capsys):
     folder = write_run(tmp_path, "run", MNIST, [84, 85])
-    path = folder / ("run.json" if damage == "run torn" else "seed1338.jsonl")
+    path = folder / ("run.json" if damage in ("run torn", "no settings") else "seed1338.jsonl")
     text = path.read_text()
     match damage:
         case "log gone":
@@ -201,6 +208,8 @@ def test_damaged_runs(damage, tmp_path, capsys):
             path.write_text(text[:-20])
         case "empty log":
             path.write_text("")
+        case "no settings":
+            path.write_text(json.dumps(json.loads(text) | {"settings": None}))
         case "nan":
             path.write_text(re.sub(r'"loss": [^,]+', '"loss": NaN', text))
         case "too many misses":
@@ -228,13 +237,22 @@ def test_the_table_goes_between_its_markers(tmp_path):
 # What is committed
 
 
-def committed_runs():
+def committed():
+    """The rows, with the runs that git knows of; a user's own are not in the README."""
+    listing = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True)
+    folders = {(ROOT / line).parent for line in listing.stdout.splitlines() if line.endswith("/run.json")}
+    if not folders:
+        pytest.skip("this is not a git checkout")
     rows, _ = compare.collect(ROOT / "results")
-    return {f"{source}.{key}": run for source, key, _, run in rows if run is not None}
+    return [(*row, [run for run in runs if run.path in folders]) for *row, runs in rows]
+
+
+def committed_runs():
+    return {f"{source}.{key}": runs[0] for source, key, _, runs in committed() if runs}
 
 
 def test_the_readme_has_the_table_of_the_results():
-    rows, _ = compare.collect(ROOT / "results")
+    rows = committed()
     readme = (ROOT / "README.md").read_text()
     table = readme.split(compare.BEGIN)[1].split(compare.END)[0].strip()
     assert table == compare.markdown_table(rows), "the README is stale: run python compare.py --markdown"
@@ -267,10 +285,6 @@ def test_ci_does_what_the_readme_says():
 
 
 def test_committed_results_are_of_known_code():
-    listing = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True)
-    paths = [ROOT / line for line in listing.stdout.splitlines() if line.endswith("/run.json")]
-    if not paths:
-        pytest.skip("this is not a git checkout")
-    for path in paths:
-        run = json.loads(path.read_text())
+    for run in committed_runs().values():
+        run = json.loads((run.path / "run.json").read_text())
         assert re.fullmatch("[0-9a-f]{40}", run["commit"]) and run["dirty"] is False and run["finished"]

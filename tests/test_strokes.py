@@ -26,10 +26,10 @@ def test_a_larger_set_begins_with_the_smaller_one(n):
 def test_seeds_and_splits_differ():
     a, b = strokes.draw_digits(50, 1)[0], strokes.draw_digits(50, 2)[0]
     assert not np.array_equal(a, b)
-    digits = prepro.build_strokes(100, 100)
-    assert not np.array_equal(digits.train_images, digits.test_images)
-    whole = np.concatenate([digits.train_images, digits.test_images])
-    assert len(np.unique(whole, axis=0)) == 200  # no digit stands in both splits
+    splits = prepro.build_strokes(2000, 2000)
+    others = strokes.draw_digits(3000, prepro.STROKES_SEED)[0]
+    whole = np.concatenate([splits.train_images, splits.test_images, others])
+    assert len(np.unique(whole.reshape(len(whole), -1), axis=0)) == 7000  # no digit is drawn twice
 
 
 def test_the_pen_moves_evenly_along_the_strokes_and_not_between_them():
