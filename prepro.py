@@ -216,7 +216,8 @@ def download(name, root):
                     os.replace(Path(beside) / file, root / file)
     except (RuntimeError, HTTPException, OSError, EOFError, ValueError) as error:
         if new_folder:
-            root.rmdir()
+            with contextlib.suppress(OSError):  # it is not empty: one of two files had come
+                root.rmdir()
         raise Unavailable(
             f"{name} is not, or not all, in {root} and could not be downloaded ({_reason(error)}): "
             f"connect to the network and run again, or {elsewhere}."
