@@ -242,8 +242,9 @@ def main(argv=None):
     # A single digit is too little work to divide among threads, and oneDNN takes twice as long over it.
     torch.set_num_threads(1)
     torch.backends.mkldnn.enabled = False
-    torch.backends.cudnn.deterministic = True  # and in float32 proper:
+    # On CUDA: float32 proper, and the same sums in the same order each time.
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
 
     digits = load_digits(args)
     splits = {
@@ -258,15 +259,12 @@ def main(argv=None):
         total = args.seeds * args.passes * len(splits["train"][1])
         with tqdm(total=total, unit="digit", unit_scale=True, disable=args.quiet or None) as progress:
             for seed in run["seeds"]:
-                parameters, log = train(
-                    name, seed, splits, args, device, folder / f"seed{seed}.jsonl", progress
-                )
+                log_path = folder / f"seed{seed}.jsonl"
+                parameters, log = train(name, seed, splits, args, device, log_path, progress)
                 logs.append(log)
                 first = first or parameters
-                arrays = {
-                    name: tensor.detach().cpu().numpy() for name, tensor in parameters._asdict().items()
-                }
-                utils.write_whole(folder / f"weights-seed{seed}.npz", utils.npz_bytes(**arrays))
+                weights = {key: tensor.detach().cpu().numpy() for key, tensor in parameters._asdict().items()}
+                utils.write_whole(folder / f"weights-seed{seed}.npz", utils.npz_bytes(**weights))
         if args.figures:
             draw_figures(folder, name, args.seed, logs, first, splits)
     if args.seeds > 1:
