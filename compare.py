@@ -51,18 +51,13 @@ def read_run(folder):
             return None
         logs = {seed: utils.read_log(folder / f"seed{seed}.jsonl") for seed in run["seeds"]}
         for log in logs.values():
-            for evaluation in last_evaluations(log).values():
+            for evaluation in utils.last_evaluations(log).values():
                 if not (math.isfinite(evaluation["loss"]) and 0 <= evaluation["misses"] <= evaluation["n"]):
                     raise ValueError(f"an impossible evaluation: {evaluation}")
         return Run(folder, run["script"], dict(run["settings"]), logs)
     except (OSError, ValueError, LookupError, TypeError) as error:
         remedy = "run it again, or delete the folder"
         raise utils.BadRequest(f"{folder} is damaged ({type(error).__name__}: {error}): {remedy}.") from error
-
-
-def last_evaluations(log):
-    """The last evaluation of each split."""
-    return {split: [e for e in log if e["split"] == split][-1] for split in ("train", "test")}
 
 
 def is_procedural(run):
@@ -85,7 +80,7 @@ def compare(row, run):
     """A Comparison for every number that the row and the run have; of error and misses, misses are enough."""
     comparisons = []
     for split in ("train", "test"):
-        last = [last_evaluations(log)[split] for log in run.logs.values()]
+        last = [utils.last_evaluations(log)[split] for log in run.logs.values()]
         for name in ("loss", "misses" if f"{split}_misses" in row else "error"):
             quantity = f"{split}_{name}"
             if quantity in row:
@@ -127,9 +122,8 @@ def show(quantity, value):
         return "-"
     if isinstance(value, int):
         return str(value)
-    return {"loss": f"{value:.2e}", "error": f"{value:.2f}%", "misses": f"{value:.1f}"}[
-        quantity.split("_")[1]
-    ]
+    forms = {"loss": f"{value:.2e}", "error": f"{value:.2f}%", "misses": f"{value:.1f}"}
+    return forms[quantity.split("_")[1]]
 
 
 def cells(comparison):
@@ -194,7 +188,7 @@ def diff(rows):
     for source, key, row, run in [(*row, run) for *row, runs in rows for run in runs]:
         seed = 1337 if 1337 in run.logs else min(run.logs)
         printed, ours = [], []
-        for split, evaluation in last_evaluations(run.logs[seed]).items():
+        for split, evaluation in utils.last_evaluations(run.logs[seed]).items():
             numbers = {name: row[f"{split}_{name}"] for name in ("loss", "error", "misses")}
             numbers = {name: n["printed"] if isinstance(n, dict) else n for name, n in numbers.items()}
             printed.append(utils.eval_line(split, **numbers))

@@ -17,9 +17,8 @@ plt.style.use(utils.ROOT / "figures.mplstyle")
 def save(figure, path):
     """Write a figure as PNG, whole or not at all."""
     buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format="png", metadata={"Software": None}
-    )  # no version: the same picture, the same bytes
+    # Without the version of matplotlib in it, the same picture is the same bytes.
+    figure.savefig(buffer, format="png", metadata={"Software": None})
     plt.close(figure)
     utils.write_whole(path, buffer.getvalue())
 
@@ -34,9 +33,8 @@ def learning_curves(logs, title, published=None):
         for axis, quantity in zip(axes, ("loss", "error")):
             curves = np.array([[e[quantity] for e in log if e["split"] == split] for log in logs])
             passes = np.arange(1, curves.shape[1] + 1)
-            axis.fill_between(
-                passes, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.25, linewidth=0
-            )
+            low, high = curves.min(axis=0), curves.max(axis=0)
+            axis.fill_between(passes, low, high, color=colour, alpha=0.25, linewidth=0)
             axis.plot(passes, curves.mean(axis=0), color=colour, label=split)
             if published:
                 value = utils.published(published[f"{split}_{quantity}"])
@@ -47,9 +45,8 @@ def learning_curves(logs, title, published=None):
     axes[0].set(xlabel="passes", ylabel="mean squared error", yscale="log", title=title)
     axes[1].set(xlabel="passes", ylabel="error (%)", yscale="log")
     axes[1].yaxis.set_major_formatter("{x:g}")
-    axes[0].legend(
-        title=f"mean and min-max, {len(logs)} seeds" if len(logs) > 1 else "1 seed", fontsize="small"
-    )
+    replicas = f"mean and min-max, {len(logs)} seeds" if len(logs) > 1 else "1 seed"
+    axes[0].legend(title=replicas, fontsize="small")
     for axis in axes:
         axis.grid(True)
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
@@ -76,9 +73,8 @@ def misses(images, targets, answers, title):
     """Every digit (n, 16, 16) whose answer is not the target."""
     missed = np.flatnonzero(targets != answers)
     captions = [f"{targets[i]} \N{RIGHTWARDS ARROW} {answers[i]}" for i in missed]
-    return gallery(
-        images[missed], captions, f"{title}: {len(missed)} digits missed, target \N{RIGHTWARDS ARROW} answer"
-    )
+    title = f"{title}: {len(missed)} digits missed, target \N{RIGHTWARDS ARROW} answer"
+    return gallery(images[missed], captions, title)
 
 
 def kernels(kernels, title):

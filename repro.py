@@ -179,7 +179,7 @@ def summary(name, logs):
     """A line for each split: mean, standard deviation, min and max over the replicas, after the last pass."""
     lines = []
     for split in ("train", "test"):
-        last = [[evaluation for evaluation in log if evaluation["split"] == split][-1] for log in logs]
+        last = [utils.last_evaluations(log)[split] for log in logs]
         line = f"summary: {name}, {len(last)} seeds. split {split:5s}."
         for quantity, form in (("loss", ".3e"), ("error", ".2f"), ("misses", ".1f")):
             values = [evaluation[quantity] for evaluation in last]

@@ -11,10 +11,13 @@ and a gallery of it:
     python prepro.py --data strokes
 """
 
+import functools
+
 import numpy as np
 
 SIDE = 16  # pixels, as in 1989
 POINTS = 64  # pen positions along a digit: at most 0.8 pixel apart, closer than the pen is wide
+WAVES = 4  # of the elastic field that bends a digit
 BLOCK = 1024  # images drawn from one generator, so that a larger set begins with the smaller one
 
 # Ways to write each digit: strokes, each a list of points (x to the right, y down, 1 the height of the
@@ -158,12 +161,18 @@ def _pen_path(strokes):
     return path - box, spacing
 
 
+@functools.cache
+def _pen_paths(digit):
+    """The pen path of each way to write a digit."""
+    return [_pen_path(strokes) for strokes in TEMPLATES[digit]]
+
+
 def _draw_block(n, rng):
     """`n` images and labels from one generator."""
     labels = rng.integers(0, 10, n)
     style = rng.random(n)
-    ways = [[_pen_path(strokes) for strokes in TEMPLATES[digit]] for digit in range(10)]
-    chosen = [ways[digit][int(s * len(ways[digit]))] for digit, s in zip(labels, style)]
+    ways = [_pen_paths(digit) for digit in labels]
+    chosen = [paths[int(s * len(paths))] for paths, s in zip(ways, style)]
     path = np.stack([path for path, _ in chosen]).astype(np.float32)  # (n, POINTS, 2)
     spacing = np.array([spacing for _, spacing in chosen], dtype=np.float32)
 
@@ -173,8 +182,7 @@ def _draw_block(n, rng):
     def uniform(low, high, *shape):
         return low + (high - low) * rng.random(shape, dtype=np.float32)
 
-    # A smooth elastic field: four plane waves, each moving the pen in its own direction.
-    WAVES = 4
+    # A smooth elastic field: plane waves, each moving the pen in its own direction.
     frequency = normal(n, 2, WAVES) * 0.6  # cycles per digit height
     phase = uniform(0, 1, n, 1, WAVES)
     direction = normal(n, WAVES, 2) * 0.045
@@ -195,9 +203,8 @@ def _draw_block(n, rng):
     softness = uniform(0.6, 1.0, n)
     pressure = uniform(0.9, 1.7, n)
     pixels = np.arange(SIDE, dtype=np.float32)
-    pen = np.exp(
-        -0.5 * ((path[..., None] - pixels) / softness[:, None, None, None]) ** 2
-    )  # (n, POINTS, 2, SIDE)
+    distance = (path[..., None] - pixels) / softness[:, None, None, None]  # (n, POINTS, 2, SIDE)
+    pen = np.exp(-0.5 * distance**2)
     ink = pen[:, :, 1].transpose(0, 2, 1) @ pen[:, :, 0]  # (n, rows, columns)
     ink *= (pressure * spacing * height / (softness * np.sqrt(2 * np.pi)))[:, None, None]
     noise = uniform(0, 0.12, n)[:, None, None] * normal(n, SIDE, SIDE)

@@ -185,6 +185,11 @@ def read_log(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
+def last_evaluations(log):
+    """The last evaluation of each split, by split."""
+    return {split: [e for e in log if e["split"] == split][-1] for split in ("train", "test")}
+
+
 # The folder of a run
 
 
