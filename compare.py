@@ -22,7 +22,6 @@ from typing import NamedTuple
 import utils
 
 SOURCES = ("lecun1989", "karpathy2022")
-BEGIN, END = "<!-- table by compare.py: begin -->", "<!-- table by compare.py: end -->"
 HEAD = ("number", "published", "ours, mean ± sd", "min to max", "ours below it", "verdict")
 AGREES, DIFFERS, EXPLAINED = "agrees", "**differs**", "differs, as expected"
 
@@ -198,16 +197,6 @@ def diff(rows):
     return lines
 
 
-def update_readme(path, table):
-    """Put the table between its two markers."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    before, found, rest = text.partition(BEGIN)
-    _, found_too, after = rest.partition(END)
-    if not (found and found_too):
-        raise utils.BadRequest(f"{path} has no place for the table: add the lines '{BEGIN}' and '{END}'.")
-    utils.write_whole(path, f"{before}{BEGIN}\n{table}\n{END}{after}")
-
-
 def collect(results):
     """(source, key, row, runs) for each published row of results, and the runs that are held against none."""
     runs = [read_run(path.parent) for path in sorted(Path(results).resolve().glob("*/*/run.json"))]
@@ -237,7 +226,7 @@ def main(argv=None):
     for run in strokes:
         print(f"held against no paper, since its digits are procedural: {relative(run.path)}")
     if args.markdown:
-        update_readme(utils.ROOT / "README.md", markdown_table(rows))
+        utils.update_readme(utils.ROOT / "README.md", "compare.py", markdown_table(rows))
     differing = [
         f"{source}.{key}.{comparison.quantity}"
         for source, key, row, runs in rows

@@ -7,7 +7,7 @@ reference/karpathy2022.toml.
     python repro.py                         # MNIST where it can be had, else procedural strokes
     python repro.py --data usps --seeds 5   # the 1989 digits themselves, five replicas
 
-Expected last lines of `python repro.py` (MNIST, seed 1337; a minute and a half on one core of an AMD EPYC):
+Expected last lines of `python repro.py` (MNIST, seed 1337; 1.5 s on one core of an AMD EPYC, --no-figures):
 
     eval: split train. loss 3.942573e-03. error 0.60%. misses: 44
     eval: split test . loss 2.831396e-02. error 4.19%. misses: 84
@@ -16,119 +16,181 @@ The logs and figures go to results/repro/<run>/; `python compare.py` holds them 
 """
 
 import argparse
+import functools
 import math
 import statistics
 import sys
+import threading
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import numpy as np
 from tqdm import tqdm
 
 import prepro
 import utils
+from kernels import build
+from kernels.convnet1989 import Convnet1989
+
+torch, F = utils.Lazy("torch"), utils.Lazy("torch.nn.functional")
 
 # The network: all units of a feature map share their weights; a bias belongs to one unit alone.
 
 
 class Parameters(NamedTuple):
-    H1w: Tensor  # (12, 1, 5, 5)  H1: 12 maps of 8x8 units, each reading 5x5 pixels, two pixels apart
-    H1b: Tensor  # (12, 8, 8)
-    H2w: Tensor  # (12, 8, 5, 5)  H2: 12 maps of 4x4 units, each reading 5x5 units in 8 of the 12 maps of H1
-    H2b: Tensor  # (12, 4, 4)
-    H3w: Tensor  # (192, 30)      H3: 30 units, each reading all of H2
-    H3b: Tensor  # (30,)
-    outw: Tensor  # (30, 10)       a unit for each digit, reading all of H3
-    outb: Tensor  # (10,)
+    """float32 arrays, or tensors where PyTorch computes with them."""
+
+    H1w: Any  # (12, 1, 5, 5)  H1: 12 maps of 8x8 units, each reading 5x5 pixels, two pixels apart
+    H1b: Any  # (12, 8, 8)
+    H2w: Any  # (12, 8, 5, 5)  H2: 12 maps of 4x4 units, each reading 5x5 units in 8 of the 12 maps of H1
+    H2b: Any  # (12, 4, 4)
+    H3w: Any  # (192, 30)      H3: 30 units, each reading all of H2
+    H3b: Any  # (30,)
+    outw: Any  # (30, 10)       a unit for each digit, reading all of H3
+    outb: Any  # (10,)
 
 
 def init_parameters(seed):
-    """Random weights, float32 on the CPU: for each seed the same as in Karpathy's reproduction."""
-    generator = torch.Generator().manual_seed(seed)
+    """Random weights: for each seed the same as in Karpathy's reproduction."""
+    generator = np.random.RandomState(
+        seed
+    )  # the Mersenne Twister; PyTorch keeps the low 24 bits of its words
 
     def uniform(*shape, fan_in):
+        words = np.frombuffer(generator.bytes(4 * math.prod(shape)), "<u4").reshape(shape)
+        unit = (words % 2**24).astype(np.float32) / 2**24
         # assumption: U(-2.4 / sqrt(F), 2.4 / sqrt(F)), as Karpathy reads a paper that prints 2.4 / F
-        return (2 * torch.rand(shape, generator=generator) - 1) * 2.4 / fan_in**0.5
+        return (2 * unit - 1) * 2.4 / fan_in**0.5
 
     # assumption: hidden biases start at 0 and the output's at -1, which is the target of nine in ten outputs
     parameters = Parameters(
         H1w=uniform(12, 1, 5, 5, fan_in=25),
-        H1b=torch.zeros(12, 8, 8),
+        H1b=np.zeros((12, 8, 8), np.float32),
         H2w=uniform(12, 8, 5, 5, fan_in=200),
-        H2b=torch.zeros(12, 4, 4),
+        H2b=np.zeros((12, 4, 4), np.float32),
         H3w=uniform(192, 30, fan_in=192),
-        H3b=torch.zeros(30),
+        H3b=np.zeros(30, np.float32),
         outw=uniform(30, 10, fan_in=30),
-        outb=torch.full((10,), -1.0),
+        outb=np.full(10, -1, np.float32),
     )
-    assert sum(parameter.numel() for parameter in parameters) == 9760
-    units = [bias.numel() for bias in parameters[1::2]]
+    assert sum(parameter.size for parameter in parameters) == 9760
+    units = [bias.size for bias in parameters[1::2]]
     assert sum(units) + 16 * 16 == 1256  # the pixels are counted as units
     connections = [n * (fan_in + 1) for n, fan_in in zip(units, (25, 200, 192, 30))]
     assert sum(connections) == 64660  # one of each unit's is to its bias
     return parameters
 
 
-def border(maps):
-    """Maps (n, c, h, w) with a border of two: (n, c, h + 4, w + 4). Beyond its edges, a map reads -1."""
-    return F.pad(maps, (2, 2, 2, 2), value=-1.0)
+def add_border(images):
+    """Images (n, 16, 16) with a border of two: (n, 1, 20, 20). Beyond its edges, a map reads -1."""
+    return np.pad(images[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)), constant_values=-1)
+
+
+def place_code(labels):
+    """Targets (n, 10): +1 for the digit, -1 for the nine others."""
+    return 2 * np.eye(10, dtype=np.float32)[labels] - 1
 
 
 def forward(parameters, images):
-    """Outputs (n, 10) for images (n, 1, 20, 20), which have their border on."""
+    """Outputs (n, 10) for images (n, 1, 20, 20), all tensors."""
     H1w, H1b, H2w, H2b, H3w, H3b, outw, outb = parameters
     x = torch.tanh(F.conv2d(images, H1w, stride=2) + H1b)  # (n, 12, 8, 8)
     # assumption: which 8 maps a map of H2 reads is not published. As Karpathy has it, maps 0-3 of H2 read
     # maps 0-7 of H1, maps 4-7 read 4-11, and maps 8-11 read 0-3 and 8-11: a convolution in three groups
     x = torch.cat((x[:, 0:8], x[:, 4:12], x[:, 0:4], x[:, 8:12]), dim=1)  # (n, 24, 8, 8)
-    x = torch.tanh(F.conv2d(border(x), H2w, stride=2, groups=3) + H2b)  # (n, 12, 4, 4)
+    x = F.pad(x, (2, 2, 2, 2), value=-1.0)  # (n, 24, 12, 12)
+    x = torch.tanh(F.conv2d(x, H2w, stride=2, groups=3) + H2b)  # (n, 12, 4, 4)
     x = torch.tanh(torch.addmm(H3b, x.flatten(1), H3w))  # (n, 30)
     return torch.tanh(torch.addmm(outb, x, outw))
 
 
-def place_code(labels):
-    """Targets (n, 10): +1 for the digit, -1 for the nine others."""
-    return 2.0 * F.one_hot(labels, 10) - 1
+# The torch engine, which defines what is right. The C engine, kernels/convnet1989.c, has the same two
+# functions, of the same arrays, and is a few hundred times as fast.
 
 
-# The torch engine, which defines what is right; a faster one stands in for train_pass and evaluate.
-
-
-def train_pass(parameters, images, targets, lr, progress=None):
+def train_pass(parameters, images, targets, lr, device="cpu"):
     """Present every image (n, 1, 20, 20) once, in order, and step down the gradient after each; in place."""
+    tensors = [torch.tensor(array, device=device, requires_grad=True) for array in parameters]
+    images, targets = torch.tensor(images, device=device), torch.tensor(targets, device=device)
     for image, target in zip(images.split(1), targets.split(1)):
-        loss = (forward(parameters, image) - target).square().mean()
-        gradients = torch.autograd.grad(loss, parameters)
+        loss = (forward(tensors, image) - target).square().mean()
+        gradients = torch.autograd.grad(loss, tensors)
         with torch.no_grad():
-            for parameter, gradient in zip(parameters, gradients):
-                parameter.sub_(gradient, alpha=lr)
-        if progress is not None:
-            progress.update()
+            for tensor, gradient in zip(tensors, gradients):
+                tensor.sub_(gradient, alpha=lr)
+    for array, tensor in zip(parameters, tensors):
+        array[...] = tensor.detach().cpu()
 
 
-@torch.no_grad()
-def evaluate(parameters, images, labels):
+def compute_outputs(parameters, images, device="cpu"):
+    """The outputs (n, 10) for images (n, 1, 20, 20)."""
+    with torch.no_grad():
+        tensors = [torch.tensor(array, device=device) for array in parameters]
+        parts = torch.tensor(images, device=device).split(512)
+        return torch.cat([forward(tensors, part) for part in parts]).cpu().numpy()
+
+
+class Engine(NamedTuple):
+    name: str
+    train_pass: Callable
+    compute_outputs: Callable
+
+
+def pick_engine(name, device):
+    """The engine `name` (auto, c or torch) on the device; auto is C on a CPU, if it can be compiled."""
+    if name == "c" and device != "cpu":
+        raise utils.BadRequest(f"--engine c computes on a CPU alone; leave it out with --device {device}.")
+    if name != "torch" and device == "cpu":
+        try:
+            network = Convnet1989(loss="mse", activation="tanh", optimizer="sgd")
+            return Engine("c", network.train_pass, network.compute_outputs)
+        except build.Unavailable as error:
+            if name == "c":
+                raise utils.BadRequest(f"--engine c: {error}; --engine torch does without.") from error
+            print(f"No C engine: {error}. PyTorch trains, a hundred times as long.", file=sys.stderr)
+    utils.require_device(device)
+    # A single digit is too little work to divide among threads, and oneDNN takes twice as long over it.
+    torch.set_num_threads(1)
+    torch.backends.mkldnn.enabled = False
+    # On CUDA: float32 proper, and the same sums in the same order each time.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    on_device = (functools.partial(function, device=device) for function in (train_pass, compute_outputs))
+    return Engine("torch", *on_device)
+
+
+# Training
+
+
+def evaluate(engine, parameters, images, labels):
     """Over a whole split: the mean squared error, how many digits are missed, and the outputs (n, 10)."""
-    outputs = torch.cat([forward(parameters, part) for part in images.split(512)])
-    loss = (outputs - place_code(labels)).square().mean().item()
-    misses = (outputs.argmax(dim=1) != labels).sum().item()
-    return loss, misses, outputs
+    outputs = engine.compute_outputs(parameters, images)
+    loss = np.square(outputs - place_code(labels), dtype=np.float64).mean()
+    return float(loss), int((outputs.argmax(axis=1) != labels).sum()), outputs
 
 
-def train(name, seed, splits, args, device, log_path, progress):
+def train(seed, name, splits, engine, args, folder, progress, stop):
     """Train one replica: its parameters and its log, which is written after every pass."""
-    parameters = Parameters(*(parameter.to(device).requires_grad_() for parameter in init_parameters(seed)))
+    parameters = init_parameters(seed)
     images, labels = splits["train"]
     targets = place_code(labels)
     log, train_seconds = [], 0.0
     for passes in range(1, args.passes + 1):
-        started = time.perf_counter()
-        train_pass(parameters, images, targets, args.lr, progress)
-        train_seconds += time.perf_counter() - started
+        for start in range(0, len(images), 1000):  # in parts, for the bar and for Ctrl-C
+            if stop.is_set():
+                return parameters, log
+            part = slice(start, start + 1000)
+            started = time.perf_counter()
+            try:
+                engine.train_pass(parameters, images[part], targets[part], args.lr)
+            except FloatingPointError as error:
+                raise utils.RunFailed(f"seed {seed}: in pass {passes}, {error}; lower --lr.") from error
+            train_seconds += time.perf_counter() - started
+            progress.update(len(images[part]))
         for split, digits in splits.items():
-            loss, misses, _ = evaluate(parameters, *digits)
+            loss, misses, _ = evaluate(engine, parameters, *digits)
             if not math.isfinite(loss):
                 raise utils.RunFailed(
                     f"seed {seed}: the {split} loss is {loss} after pass {passes}; lower --lr."
@@ -144,13 +206,31 @@ def train(name, seed, splits, args, device, log_path, progress):
                 "train_seconds": round(train_seconds, 3),
             }
             log.append(evaluation)
-        utils.write_log(log_path, log)
+        utils.write_log(folder / f"seed{seed}.jsonl", log)
         if not args.quiet:
-            tqdm.write(f"{name}, seed {seed}, pass {passes}")
-            for evaluation in log[-2:]:
-                tqdm.write(utils.eval_line(**evaluation))
+            lines = [utils.eval_line(**evaluation) for evaluation in log[-2:]]
+            tqdm.write("\n".join([f"{name}, seed {seed}, pass {passes}", *lines]))
             sys.stdout.flush()
+    utils.write_whole(folder / f"weights-seed{seed}.npz", utils.npz_bytes(**parameters._asdict()))
     return parameters, log
+
+
+def train_all(seeds, name, splits, engine, args, folder):
+    """Train a replica for each seed, `args.threads` at a time: parameters and logs, in the order of seeds."""
+    stop = threading.Event()
+    total = len(seeds) * args.passes * len(splits["train"][1])
+    with (
+        tqdm(total=total, unit="digit", unit_scale=True, disable=args.quiet or None) as progress,
+        ThreadPoolExecutor(args.threads) as pool,
+    ):
+        others = name, splits, engine, args, folder, progress, stop
+        replicas = [pool.submit(train, seed, *others) for seed in seeds]
+        try:
+            wait(replicas, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+        return [replica.result() for replica in replicas]
 
 
 # Around it
@@ -169,12 +249,6 @@ def load_digits(args):
         return prepro.load("strokes")
 
 
-def to_tensors(images, labels, args, device):
-    """Bordered images (n, 1, 20, 20) and labels (n,) on the device; only the first 500 with --smoke."""
-    n = 500 if args.smoke else len(labels)
-    return border(torch.tensor(images[:n, None])).to(device), torch.tensor(labels[:n]).to(device)
-
-
 def summary(name, logs):
     """A line for each split: mean, standard deviation, min and max over the replicas, after the last pass."""
     lines = []
@@ -189,7 +263,7 @@ def summary(name, logs):
     return "\n".join(lines)
 
 
-def draw_figures(folder, name, seed, logs, parameters, splits):
+def draw_figures(folder, name, seed, logs, engine, parameters, splits):
     """curves.png of all replicas; misses.png and filters.png of the first."""
     import figures
 
@@ -197,19 +271,20 @@ def draw_figures(folder, name, seed, logs, parameters, splits):
     figures.save(figures.learning_curves(logs, name, paper), folder / "curves.png")
 
     images, labels = splits["test"]
-    _, _, outputs = evaluate(parameters, images, labels)
+    _, _, outputs = evaluate(engine, parameters, images, labels)
     title = f"{name}, seed {seed}"
-    digits = images[:, 0, 2:-2, 2:-2].cpu().numpy()
-    answers, targets = outputs.argmax(dim=1).cpu().numpy(), labels.cpu().numpy()
-    figures.save(figures.misses(digits, targets, answers, title), folder / "misses.png")
-    kernels = parameters.H1w[:, 0].detach().cpu().numpy()
-    figures.save(figures.kernels(kernels, f"{title}: the kernels of H1"), folder / "filters.png")
+    digits, answers = images[:, 0, 2:-2, 2:-2], outputs.argmax(axis=1)
+    figures.save(figures.misses(digits, labels, answers, title), folder / "misses.png")
+    figures.save(figures.kernels(parameters.H1w[:, 0], f"{title}: the kernels of H1"), folder / "filters.png")
 
 
 def parse_flags(argv):
     """The flags, and `settings`: those that decide the numbers, where they are not the defaults."""
     parser = utils.Parser("repro", __doc__)
-    count, seed = utils.number(int, at_least=1, at_most=10**6), utils.number(int, at_least=0, at_most=2**32)
+    count, seed = (
+        utils.number(int, at_least=1, at_most=10**6),
+        utils.number(int, at_least=0, at_most=2**32 - 1),
+    )
     rate = utils.number(float, above=0, at_most=1e38)  # float32 ends there
     flag = parser.add_argument_group("data").add_argument
     flag("--data", default="auto", choices=("auto", "mnist", "usps", "strokes"), help=prepro.AUTO_HELP)
@@ -221,8 +296,9 @@ def parse_flags(argv):
     flag = parser.add_argument_group("run").add_argument
     flag("--seed", default=1337, type=seed, help="of the first replica's weights")
     flag("--seeds", default=1, type=count, help="replicas, from --seed on")
-    flag("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="where PyTorch computes")
-    flag("--engine", default="auto", choices=("auto", "torch"), help="what trains; auto: the fastest")
+    flag("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="where it is computed")
+    flag("--engine", default="auto", choices=("auto", "c", "torch"), help="what trains; auto: C on a CPU")
+    flag("--threads", default=utils.cores(), type=count, help="replicas trained at a time, by C")
     flag("--smoke", action="store_true", help="at most 2 passes over 500 digits: does everything run?")
     flag = parser.add_argument_group("output").add_argument
     flag("--out", metavar="DIR", help="folder of the run (default: results/repro/<named by its settings>)")
@@ -238,35 +314,22 @@ def parse_flags(argv):
 @utils.exit_status
 def main(argv=None):
     args, settings = parse_flags(argv)
-    device = utils.pick_device(args.device)
-    # A single digit is too little work to divide among threads, and oneDNN takes twice as long over it.
-    torch.set_num_threads(1)
-    torch.backends.mkldnn.enabled = False
-    # On CUDA: float32 proper, and the same sums in the same order each time.
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-
+    engine = pick_engine(args.engine, args.device)
+    args.threads = min(args.threads, args.seeds) if engine.name == "c" else 1
     digits = load_digits(args)
+    n = 500 if args.smoke else None
     splits = {
-        "train": to_tensors(digits.train_images, digits.train_labels, args, device),
-        "test": to_tensors(digits.test_images, digits.test_labels, args, device),
+        "train": (add_border(digits.train_images[:n]), digits.train_labels[:n]),
+        "test": (add_border(digits.test_images[:n]), digits.test_labels[:n]),
     }
     settings = {key: value for key, value in digits.provenance.items() if key in ("data", "draw")} | settings
     name = ", ".join(settings[key] for key in ("data", "draw") if key in settings)
-    run = utils.describe_run("repro", settings, args, engine="torch", data_sha256=digits.sha256())
+    facts = {"engine": engine.name, "threads": args.threads, "data_sha256": digits.sha256()}
+    run = utils.describe_run("repro", settings, args, **facts)
     with utils.run_folder(args.out, run) as folder:
-        logs, first = [], None
-        total = args.seeds * args.passes * len(splits["train"][1])
-        with tqdm(total=total, unit="digit", unit_scale=True, disable=args.quiet or None) as progress:
-            for seed in run["seeds"]:
-                log_path = folder / f"seed{seed}.jsonl"
-                parameters, log = train(name, seed, splits, args, device, log_path, progress)
-                logs.append(log)
-                first = first or parameters
-                weights = {key: tensor.detach().cpu().numpy() for key, tensor in parameters._asdict().items()}
-                utils.write_whole(folder / f"weights-seed{seed}.npz", utils.npz_bytes(**weights))
+        trained, logs = zip(*train_all(run["seeds"], name, splits, engine, args, folder))
         if args.figures:
-            draw_figures(folder, name, args.seed, logs, first, splits)
+            draw_figures(folder, name, args.seed, logs, engine, trained[0], splits)
     if args.seeds > 1:
         print(summary(name, logs))
     if not args.quiet:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import io
 import json
@@ -69,6 +70,19 @@ def exit_status(main):
     return wrapper
 
 
+class Lazy:
+    """A module that is imported when first used: PyTorch takes two seconds, and the C engine does without."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+torch = Lazy("torch")
+
+
 # Flags
 
 
@@ -109,14 +123,15 @@ def number(kind, at_least=-math.inf, at_most=math.inf, above=-math.inf):
     return parse
 
 
-def pick_device(name):
-    """The torch device `name` (cpu, cuda or mps); BadRequest where this machine has none."""
-    import torch
-
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not has[name]:
+def require_device(name):
+    """BadRequest where this machine has no device `name` (cpu, cuda or mps)."""
+    if name != "cpu" and not getattr(torch, name).is_available():
         raise BadRequest(f"--device {name}: PyTorch finds no such device on this machine; use --device cpu.")
-    return torch.device(name)
+
+
+def cores():
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 # Files
@@ -151,6 +166,22 @@ def npz_bytes(**arrays):
 def to_json(record):
     """JSON for people: one key a line, and no NaN."""
     return json.dumps(record, indent=2, allow_nan=False) + "\n"
+
+
+def update_readme(path, script, table):
+    """Put a table between the two markers of its script."""
+    begin, end = readme_markers(script)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, found, rest = text.partition(begin)
+    _, found_too, after = rest.partition(end)
+    if not (found and found_too):
+        raise BadRequest(f"{path} has no place for the table: add the lines '{begin}' and '{end}'.")
+    write_whole(path, f"{before}{begin}\n{table}\n{end}{after}")
+
+
+def readme_markers(script):
+    """Between which lines of the README the table of a script stands."""
+    return f"<!-- table by {script}: begin -->", f"<!-- table by {script}: end -->"
 
 
 def reference(name):
@@ -218,14 +249,14 @@ def run_path(out, run):
         for key, value in run["settings"].items()
     ]
     words += [run["device"]] if run["device"] != "cpu" else []
+    words += ["torch"] if (run["device"], run["engine"]) == ("cpu", "torch") else []
     first, last = run["seeds"][0], run["seeds"][-1]
     words += [f"seed{first}" if first == last else f"seeds{first}-{last}"]
     return ROOT / "results" / run["script"] / "-".join(words)
 
 
 def environment():
-    """What a number depends on beside the flags: code, versions, machine, threads."""
-    import torch
+    """What a number depends on beside the flags: code, versions, machine."""
 
     def git(*words):
         with contextlib.suppress(OSError):  # no git on this machine
@@ -238,15 +269,15 @@ def environment():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     packages = ("torch", "torchvision", "numpy")
+    on_gpu = "torch" in sys.modules and torch.cuda.is_available()
     return {
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changed is None else bool(changed),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": f"{cpu}, {os.cpu_count()} cores",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
+        "cpu": f"{cpu}, {cores()} cores",
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
     }
 
 

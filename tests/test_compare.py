@@ -224,13 +224,13 @@ def test_no_results(tmp_path, capsys):
 
 
 def test_the_table_goes_between_its_markers(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text(f"before\n{compare.BEGIN}\nold\n{compare.END}\nafter\n")
-    compare.update_readme(path, "new")
-    assert path.read_text() == f"before\n{compare.BEGIN}\nnew\n{compare.END}\nafter\n"
+    path, (begin, end) = tmp_path / "README.md", utils.readme_markers("compare.py")
+    path.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    utils.update_readme(path, "compare.py", "new")
+    assert path.read_text() == f"before\n{begin}\nnew\n{end}\nafter\n"
     path.write_text("no markers\n")
     with pytest.raises(utils.BadRequest, match="no place for the table"):
-        compare.update_readme(path, "new")
+        utils.update_readme(path, "compare.py", "new")
     assert path.read_text() == "no markers\n"
 
 
@@ -254,7 +254,8 @@ def committed_runs():
 def test_the_readme_has_the_table_of_the_results():
     rows = committed()
     readme = (ROOT / "README.md").read_text()
-    table = readme.split(compare.BEGIN)[1].split(compare.END)[0].strip()
+    begin, end = utils.readme_markers("compare.py")
+    table = readme.split(begin)[1].split(end)[0].strip()
     assert table == compare.markdown_table(rows), "the README is stale: run python compare.py --markdown"
 
 

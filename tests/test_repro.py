@@ -5,6 +5,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,9 @@ import time
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, one_sentence, real_root, run_script, start_script
 
+import bench
 import figures
 import prepro
 import repro
@@ -25,20 +26,22 @@ import utils
 SMOKE = ["--data", "strokes", "--smoke", "--no-figures"]
 
 
-def digits(n=40, seed=0, dtype=torch.float32):
+def digits(n=40, seed=0, dtype=np.float32):
     """Bordered images, labels and targets."""
     images, labels = strokes.draw_digits(n, seed)
-    images, labels = torch.tensor(images[:, None], dtype=dtype), torch.tensor(labels)
-    return repro.border(images), labels, repro.place_code(labels).to(dtype)
+    return repro.add_border(images).astype(dtype), labels, repro.place_code(labels).astype(dtype)
 
 
-def parameters(seed=1337, dtype=torch.float32):
-    drawn = repro.init_parameters(seed)
-    return repro.Parameters(*(parameter.to(dtype).requires_grad_() for parameter in drawn))
+def parameters(seed=1337, dtype=np.float32):
+    return repro.Parameters(*(array.astype(dtype) for array in repro.init_parameters(seed)))
 
 
-def copy(some):
-    return repro.Parameters(*(parameter.detach().clone().requires_grad_() for parameter in some))
+def tensors(arrays):
+    return repro.Parameters(*(torch.tensor(array, requires_grad=True) for array in arrays))
+
+
+def copy(arrays):
+    return repro.Parameters(*(array.copy() for array in arrays))
 
 
 def visible(folder):
@@ -57,7 +60,7 @@ def same_but_for_times(a, b):
 
 def unit_by_unit(p, image):
     """The network as the paper describes it, one unit at a time, and how many connections that takes."""
-    p = {name: tensor.detach().double().numpy() for name, tensor in p._asdict().items()}
+    p = {name: array.astype(float) for name, array in p._asdict().items()}
     reads = [range(0, 8)] * 4 + [range(4, 12)] * 4 + [[0, 1, 2, 3, 8, 9, 10, 11]] * 4
     connections = 0
 
@@ -85,21 +88,20 @@ def unit_by_unit(p, image):
 
 
 def test_forward_is_the_network_of_the_paper():
-    p, (images, _, _) = parameters(dtype=torch.float64), digits(2, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
+    p, (images, _, _) = parameters(dtype=np.float64), digits(2, dtype=np.float64)
+    generator = np.random.default_rng(0)
     for bias in p[1::2]:  # at their first values, biases in the wrong place would not show
-        bias.data += torch.randn(bias.shape, generator=generator, dtype=torch.float64)
-    outputs = repro.forward(p, images).detach().numpy()
-    for image, output in zip(images, outputs):
-        expected, connections = unit_by_unit(p, image[0, 2:-2, 2:-2].numpy())
+        bias += generator.standard_normal(bias.shape)
+    for image, output in zip(images, repro.compute_outputs(p, images)):
+        expected, connections = unit_by_unit(p, image[0, 2:-2, 2:-2])
         np.testing.assert_allclose(output, expected, atol=1e-12)
         assert connections == utils.reference("lecun1989")["sizes"]["connections"]
 
 
 def test_sizes_are_the_published_ones():
     sizes, p = utils.reference("lecun1989")["sizes"], repro.init_parameters(0)
-    assert sum(tensor.numel() for tensor in p) == sizes["parameters"]
-    assert 256 + sum(bias.numel() for bias in p[1::2]) == sizes["units"]
+    assert sum(array.size for array in p) == sizes["parameters"]
+    assert 256 + sum(bias.size for bias in p[1::2]) == sizes["units"]
     assert (prepro.TRAIN_SIZE, prepro.TEST_SIZE) == (sizes["train_digits"], sizes["test_digits"])
     args, _ = repro.parse_flags([])
     assert args.passes == sizes["passes"]
@@ -116,113 +118,169 @@ def test_initial_weights_are_the_historic_ones():
     ):
         expected = (torch.rand(shape) - 0.5) * 2 * 2.4 / fan_in**0.5
         weights = getattr(repro.init_parameters(1337), name)
-        assert torch.equal(weights, expected)
-        assert weights.abs().max() <= 2.4 / fan_in**0.5
+        assert weights.dtype == np.float32 and np.array_equal(weights, expected.numpy())
+        assert abs(weights).max() <= 2.4 / fan_in**0.5
     p = repro.init_parameters(1337)
     assert all((bias == 0).all() for bias in (p.H1b, p.H2b, p.H3b)) and (p.outb == -1).all()
-    assert not torch.equal(repro.init_parameters(1338).H1w, p.H1w)
+    assert not np.array_equal(repro.init_parameters(1338).H1w, p.H1w)
 
 
 # Training and evaluation, against autograd and arithmetic
 
 
-def plain_outputs(p, images):
-    """The network again, in the plain way: unbordered images, three convolutions for H2."""
-    x = torch.tanh(F.conv2d(F.pad(images, (2, 2, 2, 2), value=-1), p.H1w, stride=2) + p.H1b)
-    x = F.pad(x, (2, 2, 2, 2), value=-1)
-    a = F.conv2d(x[:, :8], p.H2w[:4], stride=2)
-    b = F.conv2d(x[:, 4:], p.H2w[4:8], stride=2)
-    c = F.conv2d(x[:, [0, 1, 2, 3, 8, 9, 10, 11]], p.H2w[8:], stride=2)
-    x = torch.tanh(torch.cat((a, b, c), dim=1) + p.H2b).flatten(1)
-    return torch.tanh(torch.tanh(x @ p.H3w + p.H3b) @ p.outw + p.outb)
-
-
-def plain_training(p, images, targets, lr, times=1):
-    """The loop that everybody writes: zero_grad, forward, backward, step."""
-    optimizer = torch.optim.SGD(p, lr=lr)
+def plain_training(arrays, images, targets, lr, times=1):
+    """The loop that everybody writes, of bench.py: the parameters it ends with."""
+    p = tensors(arrays)
     for _ in range(times):
-        for i in range(len(images)):
-            optimizer.zero_grad()
-            loss = F.mse_loss(plain_outputs(p, images[[i], :, 2:-2, 2:-2]), targets[[i]])
-            loss.backward()
-            optimizer.step()
+        bench.plain_pass(p, torch.tensor(images[:, :, 2:-2, 2:-2]), torch.tensor(targets), lr)
+    return [parameter.detach().numpy() for parameter in p]
 
 
 def test_training_is_that_of_the_plain_loop():
-    images, _, targets = digits(200, dtype=torch.float64)
-    ours, plain, other = (parameters(3, torch.float64) for _ in range(3))
+    images, _, targets = digits(200, dtype=np.float64)
+    ours = parameters(3, np.float64)
     for _ in range(2):
         repro.train_pass(ours, images, targets, lr=0.03)
-    plain_training(plain, images, targets, 0.03, times=2)
-    torch.testing.assert_close(tuple(ours), tuple(plain), rtol=0, atol=1e-12)
-    plain_training(other, images.flip(0), targets.flip(0), 0.03, times=2)  # the order matters, and it shows
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(tuple(ours), tuple(other), rtol=0, atol=1e-12)
+    plain = plain_training(parameters(3, np.float64), images, targets, 0.03, times=2)
+    other = plain_training(
+        parameters(3, np.float64), images[::-1].copy(), targets[::-1].copy(), 0.03, times=2
+    )
+    for a, b in zip(ours, plain):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+    with pytest.raises(AssertionError):  # the order matters, and it shows
+        for a, b in zip(ours, other):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
 
 
 def test_float32_training_stays_with_float64():
     """1,000 presentations apart by rounding alone: measured 6e-6, allowed 10 times that."""
     images, _, targets = digits(1000)
-    single, double = parameters(5), parameters(5, torch.float64)
+    single, double = parameters(5), parameters(5, np.float64)
     repro.train_pass(single, images, targets, lr=0.03)
-    repro.train_pass(double, images.double(), targets.double(), lr=0.03)
+    repro.train_pass(double, images.astype(float), targets.astype(float), lr=0.03)
     for a, b in zip(single, double):
-        assert (a.double() - b).abs().max() < 6e-5
+        assert abs(a - b).max() < 6e-5
 
 
 def test_gradients_against_finite_differences():
-    images, _, targets = digits(1, seed=9, dtype=torch.float64)
-    before = parameters(11, torch.float64)
+    images, _, targets = digits(1, seed=9, dtype=np.float64)
+    before = parameters(11, np.float64)
     after = copy(before)
     repro.train_pass(after, images, targets, lr=1.0)
-    generator = torch.Generator().manual_seed(1)
+    generator = np.random.default_rng(1)
     for index, (start, end) in enumerate(zip(before, after)):
-        gradient = (start - end).detach().flatten()
-        for k in torch.randperm(start.numel(), generator=generator)[:20].tolist():
+        gradient = (start - end).ravel()
+        for k in generator.permutation(start.size)[:20]:
             losses = []
             for step in (1e-5, -1e-5):
                 moved = copy(before)
-                moved[index].data.view(-1)[k] += step
-                losses.append((repro.forward(moved, images) - targets).square().mean().item())
-            assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(gradient[k].item(), abs=1e-8)
+                moved[index].flat[k] += step
+                losses.append(np.square(repro.compute_outputs(moved, images) - targets).mean())
+            assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(gradient[k], abs=1e-8)
 
 
+@pytest.mark.parametrize("name", ["torch", "c"])
 @pytest.mark.parametrize("n", [1, 511, 512, 513, 1300])
-def test_evaluation_is_over_the_whole_split(n):
+def test_evaluation_is_over_the_whole_split(n, name):
     images, labels, targets = digits(n, seed=4)
-    p = parameters(2)
-    loss, misses, outputs = repro.evaluate(p, images, labels)
-    expected = plain_outputs(p, images[:, :, 2:-2, 2:-2]).detach().double().numpy()
-    np.testing.assert_allclose(outputs.numpy(), expected, atol=1e-5)
-    assert loss == pytest.approx(((expected - targets.double().numpy()) ** 2).mean(), rel=1e-5)
-    assert misses == (expected.argmax(1) != labels.numpy()).sum() and isinstance(misses, int)
-    assert not outputs.requires_grad
+    loss, misses, outputs = repro.evaluate(repro.pick_engine(name, "cpu"), parameters(2), images, labels)
+    double = tensors(parameters(2, np.float64))
+    expected = bench.plain_forward(double, torch.tensor(images[:, :, 2:-2, 2:-2]).double()).detach().numpy()
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+    assert loss == pytest.approx(((expected - targets) ** 2).mean(), rel=1e-5) and isinstance(loss, float)
+    assert misses == (expected.argmax(1) != labels).sum() and isinstance(misses, int)
 
 
 def test_place_code():
-    code = repro.place_code(torch.tensor([3, 0]))
+    code = repro.place_code(np.array([3, 0]))
     assert code.tolist() == [[-1, -1, -1, 1, -1, -1, -1, -1, -1, -1], [1, -1, -1, -1, -1, -1, -1, -1, -1, -1]]
-
-
-def test_any_dtype_of_target_leaves_float32_alone():
-    _, labels, _ = digits(3)
-    assert repro.place_code(labels).dtype == torch.float32
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 def test_cuda_trains_the_same_network():
     images, labels, targets = digits(300)
-    torch.backends.cudnn.allow_tf32 = False
-    cpu = parameters(1)
-    cuda = repro.Parameters(*(p.detach().cuda().requires_grad_() for p in cpu))
-    repro.train_pass(cpu, images, targets, lr=0.03)
-    repro.train_pass(cuda, images.cuda(), targets.cuda(), lr=0.03)
-    for a, b in zip(cpu, cuda):
-        torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-4)
-    assert (
-        abs(repro.evaluate(cpu, images, labels)[1] - repro.evaluate(cuda, images.cuda(), labels.cuda())[1])
-        <= 2
+    cpu, cuda = repro.pick_engine("torch", "cpu"), repro.pick_engine("torch", "cuda")
+    ours, theirs = parameters(1), parameters(1)
+    cpu.train_pass(ours, images, targets, lr=0.03)
+    cuda.train_pass(theirs, images, targets, lr=0.03)
+    for a, b in zip(ours, theirs):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+    misses = [repro.evaluate(engine, ours, images, labels)[1] for engine in (cpu, cuda)]
+    assert abs(misses[0] - misses[1]) <= 2
+
+
+# Two engines, one meaning
+
+
+def test_engines_write_the_same_logs(tmp_path):
+    logs = []
+    for name in ("c", "torch"):
+        out = tmp_path / name
+        assert repro.main([*SMOKE, "--engine", name, "--quiet", "--out", str(out)]) == 0
+        assert json.loads((out / "run.json").read_text())["engine"] == name
+        logs.append(utils.read_log(out / "seed1337.jsonl"))
+    for c, pytorch in zip(*logs, strict=True):
+        assert list(c) == list(pytorch)
+        assert c["loss"] == pytest.approx(pytorch["loss"], rel=1e-5)  # of 1,000 presentations: 2e-7
+        for key in ("pass", "split", "misses", "n", "presentations"):
+            assert c[key] == pytorch[key]
+
+
+def test_as_many_threads_as_one_likes_give_the_same_bytes(tmp_path):
+    for threads in ("1", "2", "7"):
+        out = tmp_path / threads
+        assert repro.main([*SMOKE, "--seeds", "6", "--threads", threads, "--quiet", "--out", str(out)]) == 0
+        assert json.loads((out / "run.json").read_text())["threads"] == min(6, int(threads))
+        for seed in range(1337, 1343):
+            weights = f"weights-seed{seed}.npz"
+            assert (out / weights).read_bytes() == (tmp_path / "1" / weights).read_bytes()
+            same_but_for_times(out / f"seed{seed}.jsonl", tmp_path / "1" / f"seed{seed}.jsonl")
+
+
+def test_the_c_engine_does_without_pytorch_and_matplotlib(tmp_path):
+    flags = [*SMOKE, "--quiet", "--out", str(tmp_path / "run")]
+    check = f"assert repro.main({flags}) == 0; print(*({{'torch', 'matplotlib'}} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, repro; {check}"], cwd=ROOT, capture_output=True
     )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, b"", b"")
+
+
+@pytest.fixture
+def no_compiler(tmp_path, monkeypatch):
+    """A PATH of git alone."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "git").symlink_to(shutil.which("git"))
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CC", raising=False)
+
+
+def test_without_a_compiler_pytorch_trains(no_compiler, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert repro.main([*SMOKE, "--quiet", "--out", str(out)]) == 0
+    one_sentence(capsys.readouterr().err, "no C compiler", "PyTorch", "times as long")
+    assert json.loads((out / "run.json").read_text())["engine"] == "torch"
+    assert repro.main([*SMOKE, "--engine", "torch", "--quiet", "--out", str(out)]) == 0
+    assert capsys.readouterr().err == ""
+    assert repro.main([*SMOKE, "--engine", "c", "--out", str(tmp_path / "c")]) == 2
+    one_sentence(capsys.readouterr().err, "--engine c", "no C compiler", "--engine torch")
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch, capsys):
+    compiler = tmp_path / "mycc"
+    compiler.write_text("#!/bin/sh\necho 'mycc: error: out of vellum' >&2; exit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert repro.main([*SMOKE, "--engine", "c", "--out", str(tmp_path / "c")]) == 2
+    one_sentence(capsys.readouterr().err, "--engine c", compiler, "out of vellum")
+    assert repro.main([*SMOKE, "--quiet", "--out", str(tmp_path / "run")]) == 0
+    one_sentence(capsys.readouterr().err, "out of vellum", "PyTorch")
+
+
+def test_the_c_engine_is_for_a_cpu(capsys):
+    assert repro.main(["--engine", "c", "--device", "cuda"]) == 2
+    one_sentence(capsys.readouterr().err, "--engine c", "--device cuda")
 
 
 # The log
@@ -272,14 +330,15 @@ def test_a_run_writes_what_it_should(tmp_path, capsys):
     ):
         assert key in run
     printed = capsys.readouterr().out.splitlines()
-    assert printed[:3] == ["strokes, seed 7, pass 1", utils.eval_line(**log[0]), utils.eval_line(**log[1])]
+    at = printed.index("strokes, seed 7, pass 1")  # the replicas of two threads take turns
+    assert printed[at + 1 : at + 3] == [utils.eval_line(**log[0]), utils.eval_line(**log[1])]
 
     # The final weights give the final evaluation, and are read without a pickle.
     with np.load(out / "weights-seed7.npz", allow_pickle=False) as file:
-        p = repro.Parameters(*(torch.tensor(file[name]) for name in repro.Parameters._fields))
+        p = repro.Parameters(*(file[name] for name in repro.Parameters._fields))
     built = prepro.build_strokes()
-    images = repro.border(torch.tensor(built.test_images[:500, None]))
-    loss, misses, _ = repro.evaluate(p, images, torch.tensor(built.test_labels[:500]))
+    images = repro.add_border(built.test_images[:500])
+    loss, misses, _ = repro.evaluate(repro.pick_engine("torch", "cpu"), p, images, built.test_labels[:500])
     assert misses == log[-1]["misses"] and loss == pytest.approx(log[-1]["loss"], rel=1e-6)
 
     # The summary is of the last pass, over the seeds.
@@ -329,40 +388,39 @@ def test_same_flags_same_bytes(tmp_path):
 # Whole runs, held against what is published. They run side by side, and only once.
 
 
-@pytest.fixture(scope="module")
-def whole_runs(tmp_path_factory):
-    """Whole runs of seed 1337, side by side: processes and folders, by the name of the digits."""
-    flags = {"mnist": ["--data", "mnist", "--draw", "test-first"], "strokes": ["--data", "strokes"]}
-    if not prepro.find_sources("mnist", prepro.find_root()):
-        del flags["mnist"]
-    folders = {name: tmp_path_factory.mktemp("whole") / name for name in flags}
-    quiet = ["--no-figures", "--quiet", "--out"]
-    started = {name: start_script("repro.py", *flags[name], *quiet, folders[name]) for name in flags}
-    yield {name: (started[name], folders[name]) for name in flags}
-    for process in started.values():
-        process.kill()
-        process.communicate()
+def whole_run(out, *flags):
+    """The logs of a whole run, by seed."""
+    done = run_script("repro.py", *flags, "--engine", "c", "--no-figures", "--quiet", "--out", out)
+    assert done.returncode == 0, done.stderr
+    logs = {
+        seed: utils.read_log(out / f"seed{seed}.jsonl")
+        for seed in json.loads((out / "run.json").read_text())["seeds"]
+    }
+    assert all(len(log) == 2 * 23 and log[-1]["presentations"] == 167693 for log in logs.values())
+    return logs
 
 
-def last_pass(process, folder):
-    """The last evaluation of each split of a whole run."""
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, errors
-    log = utils.read_log(folder / "seed1337.jsonl")
-    assert len(log) == 2 * 23 and log[-1]["presentations"] == 167693
-    return log[-2], log[-1]
+def test_a_whole_run_on_strokes_is_about_as_hard_as_real_digits(tmp_path):
+    (log,) = whole_run(tmp_path / "run", "--data", "strokes").values()
+    assert 2 <= log[-1]["error"] <= 7
 
 
-def test_a_whole_run_on_strokes_is_about_as_hard_as_real_digits(whole_runs):
-    _, test = last_pass(*whole_runs["strokes"])
-    assert 2 <= test["error"] <= 7
-
-
-def test_a_whole_run_on_mnist_is_the_published_one(whole_runs):
-    real_root("mnist")
-    train, test = last_pass(*whole_runs["mnist"])
-    # Published: 45 and 82. Rounding alone, on other machines and versions, gave 44 to 45 and 81 to 84.
-    assert 40 <= train["misses"] <= 50 and 78 <= test["misses"] <= 90
+@pytest.mark.parametrize("digits", ["mnist --draw test-first", "mnist --draw train-first", "usps"])
+def test_whole_runs_end_as_those_of_pytorch(digits, tmp_path):
+    """10 seeds in C, against the same 10 in PyTorch, which take 15 minutes and are committed."""
+    real_root(digits.split()[0])
+    ours = whole_run(tmp_path / "run", "--data", *digits.split(), "--seeds", "10")
+    committed = ROOT / "results" / "repro" / f"{digits.replace(' --draw ', '-')}-torch-seeds1337-1356"
+    theirs = {seed: utils.read_log(committed / f"seed{seed}.jsonl") for seed in ours}
+    for split in ("train", "test"):
+        a, b = (
+            [utils.last_evaluations(log)[split]["misses"] for log in logs.values()] for logs in (ours, theirs)
+        )
+        assert abs(np.mean(a) - np.mean(b)) <= min(np.std(a, ddof=1), np.std(b, ddof=1)) / 10**0.5
+    if digits == "mnist --draw test-first":
+        # Published: 45 and 82. Rounding alone, on other machines, gave 42 to 45 and 80 to 84.
+        train, test = ours[1337][-2:]
+        assert 40 <= train["misses"] <= 50 and 78 <= test["misses"] <= 90
 
 
 # Bad requests and bad luck
@@ -414,7 +472,7 @@ def test_a_loss_that_is_not_finite(tmp_path, capsys):
     """Weights of 1e37 mostly end as infinity minus infinity; some seeds' units only saturate."""
     flags = ["--lr", "1e38", "--seeds", "20", "--quiet"]
     assert repro.main([*SMOKE, *flags, "--out", str(tmp_path / "run")]) == 1
-    one_sentence(capsys.readouterr().err, "loss is nan", "--lr")
+    one_sentence(capsys.readouterr().err, "--lr")
 
 
 def test_a_loss_that_is_not_finite_keeps_the_passes_before(tmp_path, capsys, monkeypatch):
@@ -588,7 +646,7 @@ def test_settings_do_not_mix(tmp_path, capsys):
 def test_settings_name_the_folder():
     def name(*flags):
         args, settings = repro.parse_flags(flags)
-        run = utils.describe_run("repro", {"data": "usps"} | settings, args, engine="torch")
+        run = utils.describe_run("repro", {"data": "usps"} | settings, args, engine="c")
         return utils.run_path(args.out, run).relative_to(ROOT / "results" / "repro").as_posix()
 
     assert name() == "usps-seed1337"

@@ -1,0 +1,253 @@
+"""How fast the 1989 network is trained, one digit at a time: the usual loop, our engines, and 1989.
+
+    python bench.py                # a minute; the table, and results/bench/<processor>/
+    python bench.py --markdown     # writes the table into README.md as well
+
+The contenders take turns, `--rounds` times, in one process; times are medians. Only the ratios mean something
+on another machine.
+"""
+
+import ctypes
+import math
+import re
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import repro
+import strokes
+import utils
+from kernels import build
+from kernels.convnet1989 import Convnet1989
+
+# The usual loop, as in most tutorials; tests/test_repro.py holds repro.py against it
+
+
+def plain_forward(p, images):
+    """Outputs (n, 10) for images (n, 1, 16, 16): the padding and the three blocks of H2 spelt out."""
+    x = torch.tanh(F.conv2d(F.pad(images, (2, 2, 2, 2), value=-1.0), p.H1w, stride=2) + p.H1b)
+    x = F.pad(x, (2, 2, 2, 2), value=-1.0)
+    a = F.conv2d(x[:, 0:8], p.H2w[0:4], stride=2)
+    b = F.conv2d(x[:, 4:12], p.H2w[4:8], stride=2)
+    c = F.conv2d(torch.cat((x[:, 0:4], x[:, 8:12]), dim=1), p.H2w[8:12], stride=2)
+    x = torch.tanh(torch.cat((a, b, c), dim=1) + p.H2b)
+    x = torch.tanh(x.flatten(1) @ p.H3w + p.H3b)
+    return torch.tanh(x @ p.outw + p.outb)
+
+
+def plain_pass(p, images, targets, lr):
+    """zero_grad, forward, backward, step; tensors, in place."""
+    optimizer = torch.optim.SGD(p, lr=lr)
+    for i in range(len(images)):
+        loss = torch.mean((plain_forward(p, images[[i]]) - targets[[i]]) ** 2)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+
+def operations():
+    """Floating-point operations of a presentation, a multiplication and an addition counting as two.
+
+    Each connection but those to a bias is used forward and for the gradient; errors go back through H3, the
+    outputs, and H2, where they reach a unit of H1 (in each direction 17 of the 4 * 5 taps do, the others
+    the border). Then each weight is updated. tanh is not counted.
+    """
+    H1, H2, H3, out = 64 * 12 * 25, 192 * 200, 192 * 30, 30 * 10
+    passed_back = H2 * 17**2 // 20**2 + H3 + out
+    return 2 * (2 * (H1 + H2 + H3 + out) + passed_back + 9760)
+
+
+def measure_peak(seconds=0.2):
+    """The most floating-point operations a second that one core does."""
+    multiply_add = build.library(Path(build.__file__).with_name("peak.c"), {}).multiply_add
+    multiply_add.argtypes = [ctypes.c_int64, ctypes.c_float, ctypes.POINTER(ctypes.c_float)]
+    multiply_add.restype = ctypes.c_int64
+    done, result, started = 0, ctypes.c_float(), time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        done += multiply_add(100_000, 0.5, result)
+    return done / (time.perf_counter() - started)
+
+
+def contenders(images, targets):
+    """name -> (threads, presentations, a function that trains for so many), slowest first."""
+    start, lr = repro.init_parameters(1337), 0.03
+    some, cores = images[: len(images) // 15], utils.cores()  # PyTorch need not see so many
+
+    def usual():
+        p = repro.Parameters(*(torch.tensor(array, requires_grad=True) for array in start))
+        unbordered, places = torch.tensor(some[:, :, 2:-2, 2:-2].copy()), torch.tensor(targets[: len(some)])
+        return lambda: plain_pass(p, unbordered, places, lr)
+
+    def engine(train_pass, images, threads=1):
+        replicas = [repro.Parameters(*(array.copy() for array in start)) for _ in range(threads)]
+        pool = ThreadPoolExecutor(threads)
+        return lambda: list(pool.map(lambda p: train_pass(p, images, targets[: len(images)], lr), replicas))
+
+    network = Convnet1989()
+    table = {
+        "PyTorch, the usual loop": (1, len(some), with_onednn(True, usual())),
+        "PyTorch engine": (1, len(some), with_onednn(False, engine(repro.train_pass, some))),
+    }
+    if network.lanes == 16:
+        narrow = Convnet1989(target=("-mavx2", "-mfma", "-mno-avx512f"))
+        table["C engine, AVX2"] = (1, len(images), engine(narrow.train_pass, images))
+    table["C engine"] = (1, len(images), engine(network.train_pass, images))
+    if cores > 1:
+        everywhere = engine(network.train_pass, images, threads=cores)
+        table[f"C engine, {cores} cores"] = (cores, cores * len(images), everywhere)
+    return table
+
+
+def with_onednn(enabled, train):
+    """PyTorch as it comes, or as our engine has it."""
+
+    def wrapped():
+        torch.backends.mkldnn.enabled = enabled
+        train()
+
+    return wrapped
+
+
+def measure(rounds, n, quiet):
+    """The record: a row for each contender, and what one core could do at most.
+
+    Each trains on `n` digits (PyTorch on a fifteenth); in each round all take their turn.
+    """
+    images, labels = strokes.draw_digits(n, 1989)
+    entered = contenders(repro.add_border(images), repro.place_code(labels))
+    times, peaks = {name: [] for name in entered}, []
+    for _ in tqdm(range(rounds), unit="round", disable=quiet or None):
+        peaks.append(measure_peak())
+        for name, (_, presentations, train) in entered.items():
+            started = time.perf_counter()
+            train()
+            times[name].append((time.perf_counter() - started) / presentations)
+    peak, rows = statistics.median(peaks), []
+    for name, (threads, _, _) in entered.items():
+        seconds = statistics.median(times[name])
+        ratios = [usual / own for usual, own in zip(times["PyTorch, the usual loop"], times[name])]
+        row = {
+            "name": name,
+            "threads": threads,
+            "microseconds": 1e6 * seconds,  # a presentation, of whichever thread
+            "fastest_and_slowest": [1e6 * min(times[name]), 1e6 * max(times[name])],
+            "ratio": statistics.median(ratios),
+            "gflops": operations() / seconds / 1e9,
+            "share_of_peak": operations() / seconds / (threads * peak),
+        }
+        rows.append(row)
+    facts = {"rounds": rounds, "operations": operations(), "peak_gflops": peak / 1e9}
+    return {**facts, "compiler": build.compiler_version(), "rows": rows}
+
+
+def rows_to_show(bench):
+    """The machine of 1989, from its three days, and the measured rows: slowest first."""
+    paper = utils.reference("lecun1989")
+    microseconds = 1e6 * 86400 * paper["hardware"]["training_days"] / paper["sizes"]["presentations"]
+    usual = next(row["microseconds"] for row in bench["rows"] if row["ratio"] == 1)
+    gflops = bench["operations"] / microseconds / 1e3
+    oldest = {"name": f"1989, {paper['hardware']['machine']}", "microseconds": microseconds}
+    oldest |= {"ratio": usual / microseconds, "gflops": gflops, "share_of_peak": None}
+    return [oldest, *bench["rows"]]
+
+
+def table(bench):
+    """The rows as cells, under a head."""
+    presentations = utils.reference("lecun1989")["sizes"]["presentations"]
+
+    def three_digits(number):
+        return (
+            f"{number:.{max(0, 2 - math.floor(math.log10(number)))}f}" if number < 100 else f"{number:,.0f}"
+        )
+
+    lines = [
+        ("", "µs a presentation", "presentations a second", "23 passes", "ratio", "GFLOP/s", "of the peak")
+    ]
+    for row in rows_to_show(bench):
+        seconds = row["microseconds"] * presentations / 1e6
+        lines.append(
+            (
+                row["name"],
+                three_digits(row["microseconds"]),
+                three_digits(1e6 / row["microseconds"]),
+                f"{seconds / 86400:.0f} days" if seconds > 86400 else f"{three_digits(seconds)} s",
+                three_digits(row["ratio"]),
+                three_digits(row["gflops"]),
+                "-" if row["share_of_peak"] is None else f"{row['share_of_peak']:.1%}",
+            )
+        )
+    return lines
+
+
+def caption(bench):
+    """What the table was measured on."""
+    versions = bench["versions"]
+    return (
+        f"{bench['cpu']}, peak {bench['peak_gflops']:.0f} GFLOP/s a core (measured); {bench['compiler']}, "
+        f"PyTorch {versions['torch']}; medians of {bench['rounds']} rounds, ratios to the usual loop."
+    )
+
+
+def text_table(bench):
+    """Lines for a terminal."""
+    lines = ["{:26}{:>18}{:>24}{:>11}{:>9}{:>10}{:>13}".format(*cells) for cells in table(bench)]
+    return "\n".join([*lines, caption(bench)])
+
+
+def markdown_table(bench):
+    """The README's."""
+    head, *lines = (f"| {' | '.join(cells)} |" for cells in table(bench))
+    return "\n".join([head, "|---" + "|---:" * 6 + "|", *lines, "", caption(bench)])
+
+
+def draw(bench, folder):
+    """bench.png: a bar for each row on a log axis."""
+    import figures
+
+    rows = rows_to_show(bench)
+    bars = {row["name"]: row["microseconds"] for row in rows}
+    label = "microseconds a presentation (one digit forward, backward, update)"
+    title = f"The 1989 network on {bench['cpu']}"
+    figures.save(figures.bars(bars, label, title), folder / "bench.png")
+
+
+@utils.exit_status
+def main(argv=None):
+    parser = utils.Parser("bench", __doc__)
+    flag = parser.add_argument
+    flag(
+        "--rounds",
+        default=9,
+        type=utils.number(int, at_least=1, at_most=1000),
+        help="of which the median is taken",
+    )
+    flag("--smoke", action="store_true", help="one round of few presentations: does everything run?")
+    flag("--markdown", action="store_true", help="write the table into README.md as well")
+    flag("--out", metavar="DIR", help="where to (default: results/bench/<processor>)")
+    flag("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    try:
+        bench = measure(1 if args.smoke else args.rounds, 100 if args.smoke else 7291, args.quiet)
+    except build.Unavailable as error:
+        raise utils.BadRequest(f"there is no C engine to measure: {error}.") from error
+    bench |= {**utils.environment(), "smoke": args.smoke}
+    name = re.sub(r"[^a-z0-9]+", "-", bench["cpu"].lower()).strip("-")
+    folder = Path(args.out) if args.out else utils.ROOT / "results" / "bench" / (name + "-smoke" * args.smoke)
+    folder.mkdir(parents=True, exist_ok=True)
+    utils.write_whole(folder / "bench.json", utils.to_json(bench))
+    draw(bench, folder)
+    print(text_table(bench))
+    if args.markdown:
+        utils.update_readme(utils.ROOT / "README.md", "bench.py", markdown_table(bench))
+    print(f"the record and the chart: {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

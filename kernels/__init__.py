@@ -1,0 +1,1 @@
+"""Hand-written training kernels: C, compiled on first use for the machine at hand, behind NumPy arrays."""

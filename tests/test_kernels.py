@@ -1,0 +1,487 @@
+import ctypes
+import itertools
+import math
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import repro
+import strokes
+from kernels import build, convnet1989
+from kernels.convnet1989 import SHAPES, VARIANTS, Convnet1989, State
+
+ALL = list(itertools.product(*VARIANTS.values()))
+AVX2 = ("-mavx2", "-mfma", "-mno-avx512f")
+ON_X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+def some_parameters(seed=0):
+    """Initial weights, and biases that are not all the same."""
+    generator = np.random.default_rng(seed)
+    parameters = repro.init_parameters(seed)
+    for bias in parameters[1::2]:
+        bias += 0.3 * generator.standard_normal(bias.shape).astype(np.float32)
+    return parameters
+
+
+def copy(arrays):
+    return [array.copy() for array in arrays]
+
+
+def like(arrays, value=0.0):
+    return [np.full_like(array, value) for array in arrays]
+
+
+def digits(n, loss="mse", seed=0):
+    """Bordered images, and targets as the loss wants them."""
+    images, labels = strokes.draw_digits(n, seed)
+    one_hot = np.eye(10, dtype=np.float32)[labels]
+    return repro.add_border(images), one_hot if loss == "cross_entropy" else 2 * one_hot - 1
+
+
+# The network once more, in float64, with every activation and loss
+
+
+def activate(x, activation):
+    if activation == "relu":
+        return torch.relu(x)
+    return 1.7159 * torch.tanh(2 / 3 * x) if activation == "scaled_tanh" else torch.tanh(x)
+
+
+def outputs_of(p, images, loss, activation, scale=1.0):
+    """The outputs (n, 10); `scale` (192,) is that of dropout."""
+    x = activate(F.conv2d(images, p[0], stride=2) + p[1], activation)
+    x = F.pad(x, (2, 2, 2, 2), value=-1)
+    reads = [range(0, 8), range(4, 12), (0, 1, 2, 3, 8, 9, 10, 11)]
+    blocks = [F.conv2d(x[:, list(r)], p[2][4 * g : 4 * g + 4], stride=2) for g, r in enumerate(reads)]
+    x = activate(torch.cat(blocks, dim=1) + p[3], activation).flatten(1) * scale
+    x = activate(x @ p[4] + p[5], activation) @ p[6] + p[7]
+    return activate(x, "tanh" if activation == "relu" else activation) if loss == "mse" else x
+
+
+def double(arrays):
+    return [torch.tensor(array, dtype=torch.float64, requires_grad=True) for array in arrays]
+
+
+def loss_of(p, image, target, loss, activation, scale=1.0):
+    outputs = outputs_of(p, image, loss, activation, scale)
+    return F.mse_loss(outputs, target) if loss == "mse" else F.cross_entropy(outputs, target)
+
+
+def true_gradients(parameters, image, target, loss, activation, scale=1.0):
+    p = double(parameters)
+    image, target = (torch.tensor(array, dtype=torch.float64) for array in (image, target))
+    loss_of(p, image, target, loss, activation, scale).backward()
+    return [tensor.grad.numpy() for tensor in p]
+
+
+def gradients(network, parameters, image, target, optimizer, **chance):
+    """The gradients a kernel steps by: a step so long that the weight before it is as nothing."""
+    after, step = copy(parameters), 2.0**20
+    rates, moments = like(after, step), (like(after), like(after))
+    given = {"sgd": {}, "sgd_rates": {"rates": rates}, "adamw": {"moments": moments}}[optimizer]
+    network.train_pass(after, image, target, lr=step, **given, **chance)
+    if optimizer == "adamw":
+        return [moment / (1 - np.float64(np.float32(0.9))) for moment in moments[0]]
+    return [(before.astype(float) - a) / step for before, a in zip(parameters, after)]
+
+
+def worst_error(ours, true):
+    """Of all parameters, the largest distance from the true gradient, as a share of its length."""
+    return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours, true))
+
+
+@pytest.mark.parametrize("loss, activation, optimizer", ALL)
+def test_gradients_are_those_of_autograd(loss, activation, optimizer):
+    network = Convnet1989(loss, activation, optimizer)
+    for seed in range(5):
+        parameters, (image, target) = some_parameters(seed), digits(1, loss, seed)
+        true = true_gradients(parameters, image, target, loss, activation)
+        ours = gradients(network, parameters, image, target, optimizer)
+        assert worst_error(ours, true) < 1e-5  # measured over 20 seeds: at most 9.5e-7
+
+
+def test_a_broken_kernel_is_noticed(tmp_path, monkeypatch):
+    """The comparison above can fail: by one weight, one neighbour, one sign."""
+    source = convnet1989.SOURCE.read_text()
+    parameters, (image, target) = some_parameters(), digits(1)
+    true = true_gradients(parameters, image, target, "mse", "tanh")
+    for right, wrong in (
+        ("1.0f - y * y", "1.0001f - y * y"),
+        ("int to = 2 * x + kx - 2;", "int to = 2 * x + kx - 1;"),
+        ("both[0] = sum[0][x] +", "both[0] = sum[0][x] -"),
+        ("sum[kx][1] += field *", "sum[kx][1] -= field *"),
+        ("{4 * g + y) * 16 + x".replace("{", "("), "(4 * g + y) * 16 + 3 - x"),
+        ("(c + 4) % 8 : c", "c : c"),
+    ):
+        assert right in source
+        (tmp_path / "broken.c").write_text(source.replace(right, wrong))
+        monkeypatch.setattr(convnet1989, "SOURCE", tmp_path / "broken.c")
+        ours = gradients(Convnet1989(), parameters, image, target, "sgd")
+        assert worst_error(ours, true) > 1e-5, wrong
+
+
+@pytest.mark.parametrize(
+    "loss, activation", list(itertools.product(VARIANTS["loss"], VARIANTS["activation"]))
+)
+def test_outputs_are_those_of_the_reference(loss, activation):
+    parameters, (images, _) = some_parameters(1), digits(300)
+    expected = outputs_of(double(parameters), torch.tensor(images).double(), loss, activation)
+    ours = Convnet1989(loss, activation).compute_outputs(parameters, images)
+    np.testing.assert_allclose(ours, expected.detach().numpy(), atol=1e-5)  # measured: 1.4e-6
+
+
+# Many steps
+
+
+def test_a_thousand_presentations_stay_with_both_precisions_of_the_torch_engine():
+    images, targets = digits(1000)
+    ours, single, exact = (some_parameters(3) for _ in range(3))
+    exact = repro.Parameters(*(array.astype(float) for array in exact))
+    Convnet1989().train_pass(ours, images, targets, lr=0.03)
+    repro.train_pass(single, images, targets, lr=0.03)
+    repro.train_pass(exact, images.astype(float), targets.astype(float), lr=0.03)
+    for a, b, c in zip(ours, single, exact):
+        assert abs(a - b).max() < 1e-4 and abs(a - c).max() < 1e-4  # measured: 6e-7, 2e-6
+
+
+@pytest.mark.parametrize("loss, activation", [("mse", "tanh"), ("cross_entropy", "relu")])
+def test_adamw_is_that_of_pytorch(loss, activation):
+    """300 steps, its moments as well; its state carries over from call to call."""
+    images, targets = digits(300, loss)
+    ours = some_parameters(4)
+    reference = double(ours)
+    optimizer = torch.optim.AdamW(reference, lr=3e-4)
+    for image, target in zip(torch.tensor(images).double().split(1), torch.tensor(targets).double().split(1)):
+        optimizer.zero_grad()
+        loss_of(reference, image, target, loss, activation).backward()
+        optimizer.step()
+    network, state, moments = Convnet1989(loss, activation, "adamw"), State(), (like(ours), like(ours))
+    for part in (slice(0, 1), slice(1, 120), slice(120, 300)):
+        network.train_pass(ours, images[part], targets[part], lr=3e-4, moments=moments, state=state)
+    assert state.presentations == 300
+    for a, m, v, b in zip(ours, *moments, reference):
+        np.testing.assert_allclose(a, b.detach().numpy(), atol=1e-4)  # measured: 1.2e-5
+        assert worst_error([m], [optimizer.state[b]["exp_avg"].numpy()]) < 2e-4  # measured: 2.2e-5
+        assert worst_error([v], [optimizer.state[b]["exp_avg_sq"].numpy()]) < 2e-4  # measured: 1.3e-5
+
+
+def test_each_parameter_has_its_own_rate():
+    images, targets = digits(100)
+    ours, generator = some_parameters(5), np.random.default_rng(0)
+    rates = [generator.uniform(0, 0.05, array.shape).astype(np.float32) for array in ours]
+    reference = double(ours)
+    for image, target in zip(torch.tensor(images).double().split(1), torch.tensor(targets).double().split(1)):
+        steps = torch.autograd.grad(loss_of(reference, image, target, "mse", "tanh"), reference)
+        reference = [
+            (p - torch.tensor(rate) * step).detach().requires_grad_()
+            for p, rate, step in zip(reference, rates, steps)
+        ]
+    before = copy(rates)
+    Convnet1989(optimizer="sgd_rates").train_pass(ours, images, targets, rates=rates)
+    for a, b in zip(ours, reference):
+        np.testing.assert_allclose(a, b.detach().numpy(), atol=1e-5)  # measured: 1e-6
+    assert all(np.array_equal(a, b) for a, b in zip(rates, before))
+
+
+def test_equal_rates_are_one_rate():
+    images, targets = digits(50)
+    ours, others = some_parameters(), some_parameters()
+    Convnet1989().train_pass(ours, images, targets, lr=0.03)
+    Convnet1989(optimizer="sgd_rates").train_pass(others, images, targets, rates=like(others, 0.03))
+    for a, b in zip(ours, others):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+# Chance
+
+
+def mix(z):
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def draw(seed, presentation, dropout=0.25):
+    """A transcription of the kernel's generator: the shift (dy, dx), and the scale (192,) of dropout."""
+    start = mix(seed)
+    words = [mix((start + (64 * presentation + i + 1) * 0x9E3779B97F4A7C15) % 2**64) for i in range(49)]
+    move = (words[0] >> 32) * 9 >> 32
+    bits = np.array([words[1 + unit // 4] >> 16 * (unit % 4) & 65535 for unit in range(192)])
+    scale = np.where(bits < int(65536 * dropout), 0, np.float32(1) / np.float32(1 - dropout))
+    return (move // 3 - 1, move % 3 - 1), scale
+
+
+def test_splitmix64_is_that_of_its_authors():
+    """The first words for seed 1234567, of the reference implementation."""
+    words = [mix((1234567 + (i + 1) * 0x9E3779B97F4A7C15) % 2**64) for i in range(3)]
+    assert words == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def rolled(images, seed):
+    """Each digit shifted as the kernel will, borders on again."""
+    plain = images[:, 0, 2:-2, 2:-2]
+    moves = [draw(seed, i)[0] for i in range(len(images))]
+    return repro.add_border(np.stack([np.roll(image, move, (0, 1)) for image, move in zip(plain, moves)]))
+
+
+def test_shifts_are_those_of_roll():
+    """Bit for bit: training on shifted digits is training on digits that were shifted before."""
+    images, targets = digits(200)
+    images[:, 0, 2:-2, 2:-2] += np.random.default_rng(0).random(
+        (200, 16, 16), np.float32
+    )  # edges that differ
+    ours, others = some_parameters(), some_parameters()
+    network, state = Convnet1989(shift=True), State(seed=99)
+    for part in (slice(0, 70), slice(70, 200)):
+        network.train_pass(ours, images[part], targets[part], lr=0.03, state=state)
+    Convnet1989().train_pass(others, rolled(images, 99), targets, lr=0.03)
+    assert all(np.array_equal(a, b) for a, b in zip(ours, others))
+    Convnet1989().train_pass(others, rolled(images, 98), targets, lr=0.03)
+    assert not np.array_equal(ours[0], others[0])
+
+
+@pytest.mark.parametrize("dropout", [0.25, 0.5])
+def test_dropout_is_that_of_the_transcription(dropout):
+    """The units dropped have no gradient in H3; the others' gradients are those of autograd."""
+    network, (images, targets) = Convnet1989(dropout=True), digits(20)
+    for i in range(20):
+        parameters, state = some_parameters(i), State(seed=5, dropout=dropout)
+        state.presentations = 1000 * i
+        _, scale = draw(5, 1000 * i, dropout)
+        ours = gradients(network, parameters, images[[i]], targets[[i]], "sgd", state=state)
+        assert np.array_equal((ours[4] != 0).any(axis=1), scale > 0)
+        true = true_gradients(
+            parameters, images[[i]], targets[[i]], "mse", "tanh", torch.tensor(scale).double()
+        )
+        assert worst_error(ours, true) < 1e-5
+        assert state.presentations == 1000 * i + 1
+
+
+def test_chance_is_fair():
+    """20,000 presentations: each of 9 shifts and each unit's dropout within 4.5 standard deviations."""
+    n = 20_000
+    draws = [draw(1, i) for i in range(n)]
+    moves = [draws[i][0] for i in range(n)]
+    for move in itertools.product((-1, 0, 1), repeat=2):
+        assert abs(moves.count(move) - n / 9) < 4.5 * math.sqrt(n * 8 / 81)
+    scales = np.stack([scale for _, scale in draws])
+    assert set(np.unique(scales)) == {0, np.float32(1) / np.float32(0.75)}
+    kept = (scales > 0).sum(axis=0)
+    assert abs(kept - 0.75 * n).max() < 4.5 * math.sqrt(n * 0.75 * 0.25)
+    assert abs(kept.mean() - 0.75 * n) < 4.5 * math.sqrt(n * 0.75 * 0.25 / 192)
+    # Units are dropped independently: of two neighbours, both are kept in 9 of 16 presentations.
+    both = ((scales[:, 1:] > 0) & (scales[:, :-1] > 0)).mean()
+    assert both == pytest.approx(9 / 16, abs=0.002)
+
+
+def test_replicas_of_other_seeds_draw_otherwise():
+    assert len({tuple(draw(seed, 0)[1]) for seed in range(100)}) == 100
+
+
+def test_evaluation_draws_nothing():
+    parameters, (images, _) = some_parameters(), digits(50)
+    plain = Convnet1989().compute_outputs(parameters, images)
+    assert np.array_equal(plain, Convnet1989(shift=True, dropout=True).compute_outputs(parameters, images))
+
+
+# Functions that are not exported, called from a file that includes the kernel
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory):
+    source = tmp_path_factory.mktemp("probe") / "probe.c"
+    source.write_text(
+        f'#include "{convnet1989.SOURCE}"\n'
+        "#define EACH for (int i = 0; i < n; i += LANES)\n"
+        "void tanhs(float *x, int n) { EACH store(x + i, tanh_of(load(x + i))); }\n"
+        "void exps(float *x, int n) { EACH store(x + i, exp_of(load(x + i))); }\n"
+    )
+    defines = {"LOSS": "CROSS_ENTROPY", "ACTIVATION": "TANH", "OPTIMIZER": "SGD", "SHIFT": 0, "DROPOUT": 0}
+    library = build.library(source, defines)
+
+    def call(name, x):
+        x = np.array(x, np.float32)
+        assert len(x) % 16 == 0
+        getattr(library, name)(ctypes.c_void_p(x.ctypes.data), len(x))
+        return x
+
+    return call
+
+
+def test_tanh(probe):
+    x = np.concatenate([np.linspace(-12, 12, 2**20), np.logspace(-30, 1, 2**16)]).astype(np.float32)
+    y, true = probe("tanhs", x), np.tanh(x.astype(float))
+    assert abs(y / np.where(x == 0, 1, true) - 1)[x != 0].max() < 4e-7  # measured: 2.9e-7, of which fit 6e-9
+    assert abs(y).max() < 1
+    special = np.zeros(16, np.float32)
+    special[:5] = 0, -0.0, np.inf, -np.inf, np.nan
+    zero, _, top, bottom, nan = probe("tanhs", special)[:5]
+    assert zero == 0 and -1 < bottom < -0.999999 and 0.999999 < top < 1 and np.isnan(nan)
+
+
+def test_exp(probe):
+    x = np.linspace(-87, 0, 2**20).astype(np.float32)
+    assert abs(probe("exps", x) / np.exp(x.astype(float)) - 1).max() < 4e-7  # measured: 1.2e-7
+    special = np.zeros(16, np.float32)
+    special[:3] = -1000, -np.inf, np.nan
+    low, lowest, nan, one = probe("exps", special)[:4]
+    assert 0 <= low < 1e-37 and 0 <= lowest < 1e-37 and np.isnan(nan) and one == 1
+
+
+# The same bits: again, in threads, in narrower vectors, on another processor
+
+
+def trained(network, n=100, seed=0):
+    """The bytes of the parameters after a pass, and of the outputs."""
+    parameters, (images, targets) = some_parameters(seed), digits(n)
+    network.train_pass(parameters, images, targets, lr=0.03, state=State(seed=seed))
+    return b"".join(a.tobytes() for a in [*parameters, network.compute_outputs(parameters, images)])
+
+
+def test_again_and_in_threads_the_same_bytes():
+    network = Convnet1989(shift=True, dropout=True)
+    alone = [trained(network, seed=seed) for seed in range(8)]
+    assert len(set(alone)) == 8
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda seed: trained(network, seed=seed), range(8))) == alone
+
+
+def with_program(command, program, runner, loss, activation, optimizer, shift, dropout, n=40):
+    """What the kernel does as a program of its own, made by `command`, and what it does here."""
+    images, targets = digits(n, loss)
+    parameters = list(some_parameters(2))
+    extra1 = like(parameters, 0.01 if optimizer == "sgd_rates" else 0.0)
+    extra2, state = like(parameters), State(seed=7)
+    state.lr = 0.003
+    arrays = [*parameters, *extra1, *extra2, images, targets]
+    given = np.int64(n).tobytes() + bytes(state) + b"".join(array.tobytes() for array in arrays)
+    defines = {
+        "LOSS": loss,
+        "ACTIVATION": activation,
+        "OPTIMIZER": optimizer,
+        "SHIFT": shift,
+        "DROPOUT": dropout,
+    }
+    defines = [f"-D{name}={str(value).upper()}" for name, value in defines.items()]
+    source = ROOT / "tests" / "run_convnet1989.c"
+    subprocess.run([*command, *defines, source, "-lm", "-o", program], check=True)
+    done = subprocess.run([*runner, program], input=given, capture_output=True)
+    assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
+    network = Convnet1989(loss, activation, optimizer, shift, dropout)
+    state = State(seed=7)
+    network.train_pass(
+        parameters, images, targets, 0.003, rates=extra1, moments=(extra1, extra2), state=state
+    )
+    arrays = [*parameters, *extra1, *extra2, network.compute_outputs(parameters, images)]
+    return np.frombuffer(done.stdout, np.float32), np.concatenate([array.ravel() for array in arrays])
+
+
+SOME = [
+    ("mse", "tanh", "sgd", 0, 0),
+    ("mse", "scaled_tanh", "sgd_rates", 1, 0),
+    ("cross_entropy", "relu", "adamw", 1, 1),
+]
+
+
+@pytest.mark.skipif(not ON_X86, reason="AVX2 is of x86-64")
+def test_narrower_vectors_give_the_same_bytes():
+    for loss, activation, optimizer, shift, dropout in SOME[:1]:
+        wide = Convnet1989(loss, activation, optimizer, shift, dropout)
+        narrow = Convnet1989(loss, activation, optimizer, shift, dropout, target=AVX2)
+        assert narrow.lanes == 8
+        assert trained(wide, n=1000) == trained(narrow, n=1000)
+
+
+@pytest.mark.parametrize("variant", SOME)
+def test_another_processor_gives_the_same_bytes(variant, tmp_path):
+    """NEON, emulated: for correctness alone."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
+    if not (compiler and emulator):
+        pytest.skip("needs Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user")
+    theirs, ours = with_program(
+        [compiler, *build.MATHS, "-static"], tmp_path / "program", [emulator], *variant
+    )
+    assert np.array_equal(theirs, ours)
+
+
+@pytest.mark.parametrize("variant", SOME)
+def test_sanitizers_find_nothing(variant, tmp_path):
+    compiler = build.find_compiler()
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+    empty = tmp_path / "empty.c"
+    empty.write_text("int main(void) { return 0; }\n")
+    if subprocess.run(
+        [*compiler, *sanitize, empty, "-o", tmp_path / "empty"], capture_output=True
+    ).returncode:
+        pytest.skip(f"{compiler[0]} has no sanitizers")
+    target, _ = build.resolve_target(compiler, None)
+    command = [*compiler, *build.MATHS, *target, *sanitize, "-O1"]  # where it fuses no multiply-adds
+    theirs, ours = with_program(command, tmp_path / "program", [], *variant)
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
+
+
+# What is handed over is looked at first
+
+
+def test_arrays_that_will_not_do():
+    network, (images, targets) = Convnet1989(), digits(4)
+    good = some_parameters()
+
+    def refused(words, parameters=good, images=images, targets=targets, **more):
+        before = [np.array(array) for array in good]
+        with pytest.raises(ValueError, match=words):
+            network.train_pass(parameters, images, targets, 0.03, **more)
+        assert all(np.array_equal(a, b) for a, b in zip(good, before))
+
+    refused("images: float64", images=images.astype(float))
+    refused("images: float32 .4, 20, 20.", images=images[:, 0])
+    refused("images: not contiguous", images=np.asfortranarray(images))
+    refused("targets: float32 .3, 10.", targets=targets[:3])
+    refused("targets: not contiguous", targets=np.repeat(targets, 2, axis=1)[:, ::2])
+    refused("a Tensor and not a NumPy array", images=torch.tensor(images))
+    for i, name in enumerate(SHAPES):
+        for wrong in (good[i].astype(float), good[i][None], np.asfortranarray(np.zeros((9, 9), np.float32))):
+            refused(name, parameters=[*good[:i], wrong, *good[i + 1 :]])
+    frozen = good.H3w.copy()
+    frozen.flags.writeable = False
+    refused("H3w.*writable", parameters=good._replace(H3w=frozen))
+    odd = np.frombuffer(bytes(4 * 5760 + 1), np.float32, 5760, 1).reshape(192, 30)
+    refused("H3w.*aligned", parameters=good._replace(H3w=odd))
+    refused("shorter|longer", parameters=good[:7])
+    with pytest.raises(ValueError, match="moments"):
+        Convnet1989(optimizer="adamw").train_pass(good, images, targets, 0.03)
+    with pytest.raises(ValueError, match="rates"):
+        Convnet1989(optimizer="sgd_rates").train_pass(good, images, targets)
+    for unknown in ({"loss": "hinge"}, {"activation": "gelu"}, {"optimizer": "lion"}):
+        with pytest.raises(ValueError, match="is none of"):
+            Convnet1989(**unknown)
+
+
+def test_nothing_to_train_on_changes_nothing():
+    parameters, before = some_parameters(), some_parameters()
+    images, targets = digits(1)
+    Convnet1989().train_pass(parameters, images[:0], targets[:0], 0.03)
+    assert all(np.array_equal(a, b) for a, b in zip(parameters, before))
+    assert Convnet1989().compute_outputs(parameters, images[:0]).shape == (0, 10)
+
+
+def test_what_is_not_finite_is_reported():
+    network, (images, targets) = Convnet1989(), digits(4)
+    for poison in (np.nan, np.inf):
+        parameters = some_parameters()
+        parameters.H2w[3, 2, 1, 0] = poison
+        with pytest.raises(FloatingPointError):
+            network.train_pass(parameters, images, targets, 0.03)
+    images[2] = np.nan
+    parameters = some_parameters()
+    assert np.isnan(network.compute_outputs(parameters, images)[2]).all()
+    with pytest.raises(FloatingPointError):
+        network.train_pass(parameters, images, targets, 0.03)
