@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import glob
 import hashlib
 import os
 import platform
@@ -25,46 +26,49 @@ def find_compiler():
     """The C compiler as the first words of a command: $CC where it is set, else cc, gcc or clang."""
     if os.name == "nt":
         raise Unavailable("the C kernels are not made for Windows")
-    chosen = shlex.split(os.environ.get("CC", ""))
+    try:
+        chosen = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise Unavailable(f"$CC cannot be split into words ({error})") from error
     for words in [chosen] if chosen else [["cc"], ["gcc"], ["clang"]]:
         if shutil.which(words[0]):
             return words
-    raise Unavailable(
-        f"$CC is {chosen[0]}, which is not found" if chosen else "no C compiler (cc, gcc or clang)"
-    )
+    missing = f"$CC is '{chosen[0]}', which is not found" if chosen else "no C compiler (cc, gcc or clang)"
+    raise Unavailable(missing)
 
 
 def library(source, defines, target=None):
     """The C file `source`, compiled with -D for each of `defines` and loaded: a ctypes.CDLL.
 
-    `target`: the flags that choose the processor; for this one where it is None. Unavailable where there is
-    no compiler, or it fails.
+    `target`: the flags that choose the processor; for this one where it is None. The source may include
+    nothing but the system's headers. Unavailable where there is no compiler, or it fails.
     """
     source = Path(source)
+    text = source.read_bytes()
     compiler = find_compiler()
-    defines = [f"-D{name}={value}" for name, value in defines.items()]
     target, macros = resolve_target(compiler, target)
-    command = [*compiler, *FLAGS, *target, *defines]
+    command = [*compiler, *FLAGS, *target, *(f"-D{name}={value}" for name, value in defines.items())]
     # The macros tell the compiler's version and the processor's features: home directories are shared.
-    key = hashlib.sha256(
-        repr((source.read_bytes(), command, macros, platform.platform())).encode()
-    ).hexdigest()[:16]
+    made_of = repr((text, command, macros, sys.platform, platform.machine()))
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     try:
         folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        for cached in folder.glob(f"{source.stem}-{key}-*.so"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise OSError(f"{folder} is somebody else's, and may hold anything")
+        for cached in folder.glob(f"{glob.escape(source.stem)}-{key}-*.so"):
             with contextlib.suppress(OSError):  # another process may just have replaced it, or it is damaged
                 if cached.name == _name(source, key, cached):
                     return ctypes.CDLL(str(cached))
                 cached.unlink()
         with tempfile.TemporaryDirectory(dir=folder) as workshop:
-            built = _compile(command, source, Path(workshop))
+            built = _compile(command, source.name, text, Path(workshop))
             published = folder / _name(source, key, built)
             os.replace(built, published)
         return ctypes.CDLL(str(published))
-    except OSError:  # a cache that cannot be written, or from which nothing may be executed
-        with tempfile.TemporaryDirectory() as workshop:
-            built = _compile(command, source, Path(workshop))
+    except (OSError, Unavailable):  # a cache that is full or read-only, or from which nothing may be executed
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as workshop:
+            built = _compile(command, source.name, text, Path(workshop))
             try:
                 return ctypes.CDLL(str(built))
             except OSError as error:
@@ -73,16 +77,16 @@ def library(source, defines, target=None):
 
 def compiler_version():
     """The first line of what the compiler says of itself."""
-    return subprocess.run([*find_compiler(), "--version"], capture_output=True, text=True).stdout.split("\n")[
-        0
-    ]
+    return _run([*find_compiler(), "--version"]).stdout.decode(errors="replace").split("\n")[0]
 
 
 def cache_folder():
-    """Where compiled kernels are kept: drosophila in the user's cache folder."""
+    """Where compiled kernels are kept: drosophila in the user's cache folder. OSError where there is none."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
     if not Path(cache).is_absolute():  # unset, or to be ignored, as its specification has it
         cache = Path(os.path.expanduser("~")) / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    if not Path(cache).is_absolute():
+        raise OSError("this user has no home")
     return Path(cache) / "drosophila"
 
 
@@ -91,29 +95,43 @@ def resolve_target(compiler, target):
     spellings = [["-march=native"], ["-mcpu=native"], []]
     if platform.machine() in ("aarch64", "arm64", "ppc64le"):
         spellings.insert(0, spellings.pop(1))
+    if any(word.startswith(("-march=", "-mcpu=")) for word in compiler):  # $CC has chosen
+        spellings = [[]]
     for flags in spellings if target is None else [list(target)]:
-        done = subprocess.run(
-            [*compiler, *FLAGS, *flags, "-dM", "-E", "-x", "c", os.devnull], capture_output=True
-        )
+        done = _run([*compiler, *FLAGS, *flags, "-dM", "-E", "-x", "c", os.devnull])
         if done.returncode == 0:
             return flags, done.stdout
     raise Unavailable(_failure(compiler, done.stderr))
 
 
-def _compile(command, source, folder):
-    """Compile into `folder`, to the last byte on disk."""
+def _compile(command, name, text, folder):
+    """Compile the very text that was hashed, into `folder`, to the last byte on disk."""
+    (folder / name).write_bytes(text)
     built = folder / "kernel.so"
-    done = subprocess.run([*command, "-o", built, source, "-lm"], capture_output=True)
+    done = _run([*command, "-o", built, folder / name, "-lm"])
     if done.returncode != 0:
         raise Unavailable(_failure(command, done.stderr))
+    if not built.exists():
+        raise Unavailable(f"{command[0]} makes nothing")
     with open(built, "rb+") as file:
         os.fsync(file.fileno())
     return built
 
 
+def _run(command):
+    try:
+        english = {**os.environ, "LC_ALL": "C"}
+        return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env=english)
+    except OSError as error:
+        raise Unavailable(f"{command[0]} cannot be run ({error.strerror})") from error
+
+
 def _failure(command, stderr):
+    """Of all that the compiler says, the line that says most."""
     lines = stderr.decode(errors="replace").strip().splitlines() or ["it says nothing"]
-    return f"{command[0]} fails: {next((line for line in lines if 'error' in line), lines[-1]).strip()}"
+    errors = [line for line in lines if "error: " in line and "ld returned" not in line]
+    linking = [line for line in lines if "ld: " in line]
+    return f"{command[0]} fails: {(errors or linking or lines[-1:])[0].strip()}"
 
 
 def _name(source, key, path):
