@@ -152,18 +152,23 @@ def test_a_thousand_presentations_stay_with_both_precisions_of_the_torch_engine(
         assert abs(a - b).max() < 1e-4 and abs(a - c).max() < 1e-4  # measured: 6e-7, 2e-6
 
 
+@pytest.mark.parametrize(
+    "beta1, beta2, epsilon, weight_decay", [(0.9, 0.999, 1e-8, 0.01), (0.8, 0.99, 1e-3, 5)]
+)
 @pytest.mark.parametrize("loss, activation", [("mse", "tanh"), ("cross_entropy", "relu")])
-def test_adamw_is_that_of_pytorch(loss, activation):
+def test_adamw_is_that_of_pytorch(loss, activation, beta1, beta2, epsilon, weight_decay):
     """300 steps, its moments as well; its state carries over from call to call."""
     images, targets = digits(300, loss)
     ours = some_parameters(4)
     reference = double(ours)
-    optimizer = torch.optim.AdamW(reference, lr=3e-4)
+    flags = {"lr": 3e-4, "betas": (beta1, beta2), "eps": epsilon, "weight_decay": weight_decay}
+    optimizer = torch.optim.AdamW(reference, **flags)
     for image, target in zip(torch.tensor(images).double().split(1), torch.tensor(targets).double().split(1)):
         optimizer.zero_grad()
         loss_of(reference, image, target, loss, activation).backward()
         optimizer.step()
-    network, state, moments = Convnet1989(loss, activation, "adamw"), State(), (like(ours), like(ours))
+    network, moments = Convnet1989(loss, activation, "adamw"), (like(ours), like(ours))
+    state = State(beta1=beta1, beta2=beta2, epsilon=epsilon, weight_decay=weight_decay)
     for part in (slice(0, 1), slice(1, 120), slice(120, 300)):
         network.train_pass(ours, images[part], targets[part], lr=3e-4, moments=moments, state=state)
     assert state.presentations == 300
@@ -453,7 +458,7 @@ def test_arrays_that_will_not_do():
     frozen = good.H3w.copy()
     frozen.flags.writeable = False
     refused("H3w.*writable", parameters=good._replace(H3w=frozen))
-    odd = np.frombuffer(bytes(4 * 5760 + 1), np.float32, 5760, 1).reshape(192, 30)
+    odd = np.frombuffer(bytearray(4 * 5760 + 1), np.float32, 5760, 1).reshape(192, 30)
     refused("H3w.*aligned", parameters=good._replace(H3w=odd))
     refused("shorter|longer", parameters=good[:7])
     with pytest.raises(ValueError, match="moments"):
