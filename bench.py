@@ -122,6 +122,8 @@ def measure(rounds, n, quiet):
     images, labels = strokes.draw_digits(n, 1989)
     entered = contenders(repro.add_border(images), repro.place_code(labels))
     times, peaks = {name: [] for name in entered}, []
+    for _, _, train in entered.values():
+        train()  # once to warm up
     for _ in tqdm(range(rounds), unit="round", disable=quiet or None):
         peaks.append(measure_peak())
         for name, (_, presentations, train) in entered.items():
@@ -232,15 +234,18 @@ def main(argv=None):
     flag("--out", metavar="DIR", help="where to (default: results/bench/<processor>)")
     flag("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
+    if args.smoke and args.markdown:
+        raise utils.BadRequest("--smoke measures nothing worth a --markdown: leave one of them out.")
+    cpu = utils.environment()["cpu"]
+    name = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-") + "-smoke" * args.smoke
+    folder = Path(args.out) if args.out else utils.ROOT / "results" / "bench" / name
+    folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     try:
         bench = measure(1 if args.smoke else args.rounds, 100 if args.smoke else 7291, args.quiet)
     except build.Unavailable as error:
         raise utils.BadRequest(f"there is no C engine to measure: {error}.") from error
     bench |= {**utils.environment(), "smoke": args.smoke}
-    name = re.sub(r"[^a-z0-9]+", "-", bench["cpu"].lower()).strip("-")
-    folder = Path(args.out) if args.out else utils.ROOT / "results" / "bench" / (name + "-smoke" * args.smoke)
-    folder.mkdir(parents=True, exist_ok=True)
     utils.write_whole(folder / "bench.json", utils.to_json(bench))
     draw(bench, folder)
     print(text_table(bench))

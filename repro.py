@@ -107,7 +107,7 @@ def forward(parameters, images):
 
 
 # The torch engine, which defines what is right. The C engine, kernels/convnet1989.c, has the same two
-# functions, of the same arrays, and is a few hundred times as fast.
+# functions, of the same arrays, and is a hundred times as fast.
 
 
 def train_pass(parameters, images, targets, lr, device="cpu"):
@@ -223,13 +223,18 @@ def train_all(seeds, name, splits, engine, args, folder):
         tqdm(total=total, unit="digit", unit_scale=True, disable=args.quiet or None) as progress,
         ThreadPoolExecutor(args.threads) as pool,
     ):
-        others = name, splits, engine, args, folder, progress, stop
-        replicas = [pool.submit(train, seed, *others) for seed in seeds]
+        others, replicas = (name, splits, engine, args, folder, progress, stop), []
         try:
+            replicas += (pool.submit(train, seed, *others) for seed in seeds)
             wait(replicas, return_when=FIRST_EXCEPTION)
+        except RuntimeError as error:
+            raise utils.RunFailed(
+                f"{args.threads} threads are too many ({error}); lower --threads."
+            ) from error
         finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+            with utils.no_interrupts():  # none may write any more when the folder is put in order
+                stop.set()
+                pool.shutdown(cancel_futures=True)
         return [replica.result() for replica in replicas]
 
 
@@ -298,7 +303,12 @@ def parse_flags(argv):
     flag("--seeds", default=1, type=count, help="replicas, from --seed on")
     flag("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="where it is computed")
     flag("--engine", default="auto", choices=("auto", "c", "torch"), help="what trains; auto: C on a CPU")
-    flag("--threads", default=utils.cores(), type=count, help="replicas trained at a time, by C")
+    flag(
+        "--threads",
+        default=utils.cores(),
+        type=count,
+        help="replicas trained at a time, in C; PyTorch trains one",
+    )
     flag("--smoke", action="store_true", help="at most 2 passes over 500 digits: does everything run?")
     flag = parser.add_argument_group("output").add_argument
     flag("--out", metavar="DIR", help="folder of the run (default: results/repro/<named by its settings>)")
@@ -315,6 +325,7 @@ def parse_flags(argv):
 def main(argv=None):
     args, settings = parse_flags(argv)
     engine = pick_engine(args.engine, args.device)
+    args.engine = engine.name  # so that run.json's flags are enough to run again
     args.threads = min(args.threads, args.seeds) if engine.name == "c" else 1
     digits = load_digits(args)
     n = 500 if args.smoke else None

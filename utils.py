@@ -77,7 +77,9 @@ class Lazy:
         self._name = name
 
     def __getattr__(self, attribute):
-        return getattr(importlib.import_module(self._name), attribute)
+        value = getattr(importlib.import_module(self._name), attribute)
+        self.__dict__[attribute] = value  # the next time, it is found without coming here
+        return value
 
 
 torch = Lazy("torch")
@@ -314,7 +316,8 @@ def run_folder(out, run):
             seconds = round(time.time() - started, 2)
             _publish(unfinished, folder, earlier, {**run, "finished": True, "wall_seconds": seconds})
         except BaseException as error:
-            error.add_note(_keep_finished_passes(unfinished, folder, earlier, run))
+            with no_interrupts():
+                error.add_note(_keep_finished_passes(unfinished, folder, earlier, run))
             raise
     finally:
         lock.release()
@@ -364,7 +367,7 @@ def _publish(unfinished, folder, earlier, run):
     replaced = {Path(name).name for name in earlier.get("files", [])}
     write_whole(unfinished / "run.json", to_json({**run, "files": files}))
     on_the_way = {**run, "finished": False, "files": sorted(replaced.union(files))}
-    with _no_interrupts():
+    with no_interrupts():
         write_whole(folder / "run.json", to_json(on_the_way))
         for name in replaced.difference(files):
             (folder / name).unlink(missing_ok=True)
@@ -374,7 +377,7 @@ def _publish(unfinished, folder, earlier, run):
 
 
 @contextlib.contextmanager
-def _no_interrupts():
+def no_interrupts():
     """Let Ctrl-C go unheard for the moment that a few renames take."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -81,7 +81,7 @@ struct learner {
 struct state {
     uint64_t seed, presentations;
     double beta1_power, beta2_power;  // both 1 at first
-    float lr, beta1, beta2, epsilon, weight_decay, dropout;
+    double lr, beta1, beta2, epsilon, weight_decay, dropout;
 };
 
 // Vectors
@@ -269,7 +269,7 @@ static void output_error(const float *out, const float *target, float *d) {
 #else
     float highest = out[0], sum = 0, e[OUT] ALIGNED;
     for (int j = 1; j < 10; j++) highest = out[j] > highest ? out[j] : highest;
-    for (int j = 0; j < OUT; j += LANES) store(e + j, exp_of(load(out + j) - highest));
+    for (int j = 0; j < OUT; j += LANES) store(e + j, exp_of(load(out + j) - highest));  // of padding, nonsense
     for (int j = 0; j < 10; j++) sum += e[j];
     for (int j = 0; j < OUT; j++) d[j] = j < 10 ? e[j] / sum - t[j] : 0;
 #endif
@@ -419,7 +419,7 @@ static void update(struct learner *l, struct state *s) {
     s->beta1_power *= s->beta1;
     s->beta2_power *= s->beta2;
     const float step = s->lr / (1 - s->beta1_power), root = __builtin_sqrt(1 - s->beta2_power);
-    const float shrink = 1 - (double)s->lr * s->weight_decay, rest1 = 1 - s->beta1, rest2 = 1 - s->beta2;
+    const float shrink = 1 - s->lr * s->weight_decay, rest1 = 1 - s->beta1, rest2 = 1 - s->beta2;
     const float epsilon = s->epsilon;
     for (int i = 0; i < n; i++) {
         moment1[i] += rest1 * (gradient[i] - moment1[i]);
@@ -509,7 +509,8 @@ static void lay_border(struct activations *a) {
 int lanes(void) { return LANES; }
 
 // Present n images (20, 20), borders on, in order, and step after each. SGD_RATES: extra1 are the rates; ADAMW:
-// extra1 and extra2 are the moments. Returns 1 if a parameter is no longer finite, else 0.
+// extra1 and extra2 are the moments. Returns 1 if a parameter is no longer finite, else 0. All it needs lies on
+// the stack, 200 kB at most: threads of 128 kB, musl's, are too small for it.
 int train_pass(float *const parameters[8], float *const extra1[8], float *const extra2[8], const float *images,
                const float *targets, int64_t n, struct state *s) {
     struct learner l = {.lr = s->lr};
@@ -551,7 +552,7 @@ int train_pass(float *const parameters[8], float *const extra1[8], float *const 
 }
 
 // The outputs (n, 10) for n images (20, 20).
-int compute_outputs(float *const parameters[8], const float *images, int64_t n, float *outputs) {
+void compute_outputs(float *const parameters[8], const float *images, int64_t n, float *outputs) {
     struct network net = {0};
     struct activations a;
     lay_border(&a);
@@ -560,5 +561,4 @@ int compute_outputs(float *const parameters[8], const float *images, int64_t n, 
         forward(&net, images + 400 * i, &a, 0);
         for (int j = 0; j < 10; j++) outputs[10 * i + j] = a.out[j];
     }
-    return 0;
 }

@@ -33,15 +33,17 @@ class State(ctypes.Structure):
         ("presentations", ctypes.c_uint64),  # so far
         ("beta1_power", ctypes.c_double),
         ("beta2_power", ctypes.c_double),
-        ("lr", ctypes.c_float),
-        ("beta1", ctypes.c_float),
-        ("beta2", ctypes.c_float),
-        ("epsilon", ctypes.c_float),
-        ("weight_decay", ctypes.c_float),
-        ("dropout", ctypes.c_float),
+        ("lr", ctypes.c_double),
+        ("beta1", ctypes.c_double),
+        ("beta2", ctypes.c_double),
+        ("epsilon", ctypes.c_double),
+        ("weight_decay", ctypes.c_double),
+        ("dropout", ctypes.c_double),
     ]
 
     def __init__(self, seed=0, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.01, dropout=0.25):
+        if not (0 <= seed < 2**64 and 0 <= dropout < 1):
+            raise ValueError(f"seed {seed} is not in [0, 2^64), or dropout {dropout} not in [0, 1)")
         super().__init__(seed, 0, 1, 1, 0, beta1, beta2, epsilon, weight_decay, dropout)
 
 
@@ -63,34 +65,40 @@ class Convnet1989:
         defines |= {"SHIFT": int(shift), "DROPOUT": int(dropout)}
         library = build.library(SOURCE, defines, target)
         self.lanes = library.lanes()  # floats in a vector: 16 with AVX-512, else 8
-        self._optimizer = optimizer
+        self._optimizer, self._needs_state = optimizer, optimizer == "adamw" or shift or dropout
         pointers, address = ctypes.c_void_p * 8, ctypes.c_void_p
         self._train_pass, self._compute_outputs = library.train_pass, library.compute_outputs
         self._train_pass.argtypes = [
             pointers, pointers, pointers, address, address, ctypes.c_int64, ctypes.POINTER(State)
         ]  # fmt: skip
         self._compute_outputs.argtypes = [pointers, address, ctypes.c_int64, address]
+        self._compute_outputs.restype = None
 
     def train_pass(self, parameters, images, targets, lr=0.0, *, rates=None, moments=None, state=None):
         """Present every image once, in order, and step after each; parameters change in place.
 
         targets (n, 10); `rates`: of sgd_rates, eight arrays like the parameters, used in the place of `lr`;
-        `moments`: of adamw, two such eights, 0 at first, which change in place; `state`: a State, if the
-        variant is adamw or draws chance. FloatingPointError if a parameter is no longer finite.
+        `moments`: of adamw, two such eights, 0 at first, which change in place; `state`: of adamw, and where
+        chance is drawn, a State to be used again in the next call. FloatingPointError if a parameter is no
+        longer finite.
         """
         n = len(images)
+        parameters = _eight(parameters, "parameters", written=True)
+        extra1 = extra2 = ()
+        if self._optimizer == "sgd_rates":
+            extra1 = _eight(rates, "rates")
+        if self._optimizer == "adamw":
+            extra1, extra2 = (_eight(each, "moments", written=True) for each in moments or (None, None))
+        if self._needs_state and state is None:
+            raise ValueError("state: this variant needs one")
         state = State() if state is None else state
         state.lr = lr
-        needed = {"sgd": (), "sgd_rates": (rates,), "adamw": moments or (None, None)}[self._optimizer]
-        if None in needed:
-            raise ValueError(f"{self._optimizer} needs its {'rates' if len(needed) == 1 else 'moments'}")
-        extra1, extra2 = (*needed, None, None)[:2]
         not_finite = self._train_pass(
-            _pointers(parameters, "parameters", written=True),
-            _pointers(extra1, "rates or first moments", written=True),
-            _pointers(extra2, "second moments", written=True),
-            _pointer(images, (n, 1, 20, 20), "images"),
-            _pointer(targets, (n, 10), "targets"),
+            _addresses(parameters),
+            _addresses(extra1),
+            _addresses(extra2),
+            _check(images, (n, 1, 20, 20), "images").ctypes.data,
+            _check(targets, (n, 10), "targets").ctypes.data,
             n,
             ctypes.byref(state),
         )
@@ -100,32 +108,35 @@ class Convnet1989:
     def compute_outputs(self, parameters, images):
         """The outputs (n, 10), float32, for n images; of cross_entropy, the logits."""
         n = len(images)
+        parameters = _eight(parameters, "parameters")
         outputs = np.empty((n, 10), np.float32)
-        self._compute_outputs(
-            _pointers(parameters, "parameters"),
-            _pointer(images, (n, 1, 20, 20), "images"),
-            n,
-            _pointer(outputs, (n, 10), "outputs"),
-        )
+        address = _check(images, (n, 1, 20, 20), "images").ctypes.data
+        self._compute_outputs(_addresses(parameters), address, n, outputs.ctypes.data)
         return outputs
 
 
-def _pointers(arrays, what, written=False):
-    if arrays is None:
-        return (ctypes.c_void_p * 8)()
-    return (ctypes.c_void_p * 8)(
-        *(
-            _pointer(array, shape, f"{name} of the {what}", written)
-            for array, (name, shape) in zip(arrays, SHAPES.items(), strict=True)
-        )
-    )
+def _addresses(arrays):
+    """Of eight arrays, which have to outlive them; NULL where there are none."""
+    return (ctypes.c_void_p * 8)(*(array.ctypes.data for array in arrays))
 
 
-def _pointer(array, shape, what, written=False):
+def _eight(arrays, what, written=False):
+    """The arrays as a tuple, if they are like the parameters."""
+    if arrays is None or len(arrays) != len(SHAPES):
+        raise ValueError(f"{what}: not {len(SHAPES)} arrays")
+    pairs = zip(arrays, SHAPES.items())
+    return tuple(_check(array, shape, f"{name} of the {what}", written) for array, (name, shape) in pairs)
+
+
+def _check(array, shape, what, written=False):
+    """The array, if C may be given its address."""
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{what}: a {type(array).__name__} and not a NumPy array")
     if array.dtype != np.float32 or array.shape != shape:
         raise ValueError(f"{what}: {array.dtype} {array.shape} and not float32 {shape}")
-    if not (array.flags.c_contiguous and array.flags.aligned and (array.flags.writeable or not written)):
-        raise ValueError(f"{what}: not contiguous, aligned{' and writable' * written}")
-    return array.ctypes.data
+    flags = array.flags
+    if not flags.c_contiguous or not flags.aligned:
+        raise ValueError(f"{what}: not {'aligned' if flags.c_contiguous else 'contiguous'}")
+    if written and not flags.writeable:
+        raise ValueError(f"{what}: not writable")
+    return array

@@ -45,6 +45,11 @@ def test_the_readme_has_the_committed_table():
     assert table in [bench.markdown_table(record) for record in records], "run python bench.py --markdown"
 
 
+def test_a_smoke_test_is_no_measurement(tmp_path, capsys):
+    assert bench.main(["--smoke", "--markdown", "--out", str(tmp_path)]) == 2
+    assert "--smoke" in capsys.readouterr().err
+
+
 def test_no_compiler_nothing_to_measure(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)

@@ -87,9 +87,9 @@ def gradients(network, parameters, image, target, optimizer, **chance):
     after, step = copy(parameters), 2.0**20
     rates, moments = like(after, step), (like(after), like(after))
     given = {"sgd": {}, "sgd_rates": {"rates": rates}, "adamw": {"moments": moments}}[optimizer]
-    network.train_pass(after, image, target, lr=step, **given, **chance)
+    network.train_pass(after, image, target, lr=step, **given, **({"state": State()} | chance))
     if optimizer == "adamw":
-        return [moment / (1 - np.float64(np.float32(0.9))) for moment in moments[0]]
+        return [moment / np.float64(np.float32(1 - 0.9)) for moment in moments[0]]
     return [(before.astype(float) - a) / step for before, a in zip(parameters, after)]
 
 
@@ -190,6 +190,8 @@ def test_each_parameter_has_its_own_rate():
             for p, rate, step in zip(reference, rates, steps)
         ]
     before = copy(rates)
+    for rate in rates:
+        rate.flags.writeable = False  # they are only read
     Convnet1989(optimizer="sgd_rates").train_pass(ours, images, targets, rates=rates)
     for a, b in zip(ours, reference):
         np.testing.assert_allclose(a, b.detach().numpy(), atol=1e-5)  # measured: 1e-6
@@ -460,11 +462,23 @@ def test_arrays_that_will_not_do():
     refused("H3w.*writable", parameters=good._replace(H3w=frozen))
     odd = np.frombuffer(bytearray(4 * 5760 + 1), np.float32, 5760, 1).reshape(192, 30)
     refused("H3w.*aligned", parameters=good._replace(H3w=odd))
-    refused("shorter|longer", parameters=good[:7])
+    refused("parameters: not 8 arrays", parameters=good[:7])
+    refused("parameters: not 8 arrays", parameters=None)
     with pytest.raises(ValueError, match="moments"):
         Convnet1989(optimizer="adamw").train_pass(good, images, targets, 0.03)
     with pytest.raises(ValueError, match="rates"):
         Convnet1989(optimizer="sgd_rates").train_pass(good, images, targets)
+    adamw, moments = Convnet1989(optimizer="adamw"), (like(good), like(good))
+    for wrong in (moments[:1], (*moments, like(good)), (moments[0], None), (moments[0], moments[1][:7])):
+        with pytest.raises(ValueError):
+            adamw.train_pass(good, images, targets, 0.03, moments=wrong, state=State())
+    with pytest.raises(ValueError, match="state"):
+        adamw.train_pass(good, images, targets, 0.03, moments=moments)
+    for wrong in ({"seed": -1}, {"seed": 2**64}, {"dropout": -0.1}, {"dropout": 1}):
+        with pytest.raises(ValueError, match="is not in"):
+            State(**wrong)
+    with pytest.raises(ValueError, match="parameters: not 8 arrays"):
+        network.compute_outputs(None, images)
     for unknown in ({"loss": "hinge"}, {"activation": "gelu"}, {"optimizer": "lion"}):
         with pytest.raises(ValueError, match="is none of"):
             Convnet1989(**unknown)

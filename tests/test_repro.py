@@ -518,6 +518,31 @@ def test_control_c_keeps_what_is_finished(tmp_path):
     assert run["finished"] is False
 
 
+@pytest.mark.parametrize("seeds, times", [("200", 5), ("50000", 1)])
+def test_control_c_again_and_again_and_while_replicas_queue(seeds, times, tmp_path):
+    out = tmp_path / "run"
+    process = start_script("repro.py", *LONG, "--seeds", seeds, "--out", out)
+    wait_for(out / "unfinished" / "seed1337.jsonl", process)
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.004)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)  # the last one may meet the interpreter on its way out
+    assert "kept in" in errors and str(out) in errors
+    assert utils.read_log(out / "seed1337.jsonl")
+    assert not (out / "unfinished").exists() and not list(out.rglob("*.tmp"))
+    run = json.loads((out / "run.json").read_text())
+    assert run["finished"] is False and set(run["files"]) <= set(visible(out))
+
+
+def test_more_threads_than_there_can_be(tmp_path):
+    small = functools.partial(resource.setrlimit, resource.RLIMIT_AS, (3 * 2**29, 3 * 2**29))
+    flags = ["--seeds", "400", "--threads", "400", "--quiet", "--out", tmp_path / "run"]
+    done = run_script("repro.py", *SMOKE, *flags, limit=small)
+    assert done.returncode == 1, done.stderr
+    one_sentence(done.stderr, "400 threads", "--threads")
+
+
 def test_an_interrupted_run_does_not_replace_a_finished_one(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     assert repro.main([*SMOKE, "--quiet", "--out", str(out)]) == 0
@@ -574,7 +599,7 @@ def test_control_c_while_its_files_move_is_not_heard(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         replace(source, target)
 
-    out, publish = tmp_path / "run", utils._no_interrupts
+    out, publish = tmp_path / "run", utils.no_interrupts
 
     @contextlib.contextmanager
     def while_moving():
@@ -583,7 +608,7 @@ def test_control_c_while_its_files_move_is_not_heard(tmp_path, monkeypatch):
             yield
             monkeypatch.setattr(os, "replace", replace)
 
-    monkeypatch.setattr(utils, "_no_interrupts", while_moving)
+    monkeypatch.setattr(utils, "no_interrupts", while_moving)
     assert repro.main([*SMOKE, "--quiet", "--out", str(out)]) == 0
     assert visible(out) == ["run.json", "seed1337.jsonl", "weights-seed1337.npz"]
 
