@@ -173,6 +173,8 @@ def evaluate(engine, parameters, images, labels):
 
 def train(seed, name, splits, engine, args, folder, progress, stop):
     """Train one replica: its parameters and its log, which is written after every pass."""
+    if stop.is_set():
+        return None
     parameters = init_parameters(seed)
     images, labels = splits["train"]
     targets = place_code(labels)
@@ -180,7 +182,7 @@ def train(seed, name, splits, engine, args, folder, progress, stop):
     for passes in range(1, args.passes + 1):
         for start in range(0, len(images), 1000):  # in parts, for the bar and for Ctrl-C
             if stop.is_set():
-                return parameters, log
+                return None
             part = slice(start, start + 1000)
             started = time.perf_counter()
             try:
@@ -220,6 +222,7 @@ def train_all(seeds, name, splits, engine, args, folder):
     stop = threading.Event()
     total = len(seeds) * args.passes * len(splits["train"][1])
     with (
+        utils.interrupt_sets(stop),  # none may write any more when the folder is put in order
         tqdm(total=total, unit="digit", unit_scale=True, disable=args.quiet or None) as progress,
         ThreadPoolExecutor(args.threads) as pool,
     ):
@@ -232,9 +235,8 @@ def train_all(seeds, name, splits, engine, args, folder):
                 f"{args.threads} threads are too many ({error}); lower --threads."
             ) from error
         finally:
-            with utils.no_interrupts():  # none may write any more when the folder is put in order
-                stop.set()
-                pool.shutdown(cancel_futures=True)
+            stop.set()
+            pool.shutdown(cancel_futures=True)
         return [replica.result() for replica in replicas]
 
 

@@ -377,6 +377,29 @@ def _publish(unfinished, folder, earlier, run):
 
 
 @contextlib.contextmanager
+def interrupt_sets(event):
+    """Let Ctrl-C set `event`, and be raised when the block has ended. From then on, no more are heard."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler is signal.SIG_IGN:
+        yield
+        return
+
+    def stop(number, frame):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        event.set()
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        heard = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        if not heard:
+            signal.signal(signal.SIGINT, handler)
+    if heard:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
 def no_interrupts():
     """Let Ctrl-C go unheard for the moment that a few renames take."""
     if threading.current_thread() is not threading.main_thread():

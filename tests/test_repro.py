@@ -405,6 +405,17 @@ def test_a_whole_run_on_strokes_is_about_as_hard_as_real_digits(tmp_path):
     assert 2 <= log[-1]["error"] <= 7
 
 
+def test_the_committed_runs_of_pytorch_are_those_of_this_code(usps_root):
+    """Their first pass, again: logged at commits 39db5fd and 36421c2, since when the torch engine was rewritten."""
+    folder = ROOT / "results" / "repro" / "usps-torch-seeds1337-1356"
+    digits, engine = prepro.load("usps", data_root=usps_root), repro.pick_engine("torch", "cpu")
+    p, images = repro.init_parameters(1337), repro.add_border(digits.train_images)
+    engine.train_pass(p, images, repro.place_code(digits.train_labels), lr=0.03)
+    loss, misses, _ = repro.evaluate(engine, p, images, digits.train_labels)
+    first = utils.read_log(folder / "seed1337.jsonl")[0]
+    assert misses == pytest.approx(first["misses"], abs=2) and loss == pytest.approx(first["loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize("digits", ["mnist --draw test-first", "mnist --draw train-first", "usps"])
 def test_whole_runs_end_as_those_of_pytorch(digits, tmp_path):
     """10 seeds in C, against the same 10 in PyTorch, which take 15 minutes and are committed."""
@@ -527,7 +538,7 @@ def test_control_c_again_and_again_and_while_replicas_queue(seeds, times, tmp_pa
         process.send_signal(signal.SIGINT)
         time.sleep(0.004)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT)  # the last one may meet the interpreter on its way out
+    assert process.returncode == 130
     assert "kept in" in errors and str(out) in errors
     assert utils.read_log(out / "seed1337.jsonl")
     assert not (out / "unfinished").exists() and not list(out.rglob("*.tmp"))
