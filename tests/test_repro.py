@@ -406,7 +406,7 @@ def test_a_whole_run_on_strokes_is_about_as_hard_as_real_digits(tmp_path):
 
 
 def test_the_committed_runs_of_pytorch_are_those_of_this_code(usps_root):
-    """Their first pass, again: logged at commits 39db5fd and 36421c2, since when the torch engine was rewritten."""
+    """Their first pass, again: the logs are of commits 39db5fd and 36421c2, and the engine has changed."""
     folder = ROOT / "results" / "repro" / "usps-torch-seeds1337-1356"
     digits, engine = prepro.load("usps", data_root=usps_root), repro.pick_engine("torch", "cpu")
     p, images = repro.init_parameters(1337), repro.add_border(digits.train_images)
