@@ -152,7 +152,7 @@ def rows_to_show(bench):
     """The machine of 1989, from its three days, and the measured rows: slowest first."""
     paper = utils.reference("lecun1989")
     microseconds = 1e6 * 86400 * paper["hardware"]["training_days"] / paper["sizes"]["presentations"]
-    usual = next(row["microseconds"] for row in bench["rows"] if row["ratio"] == 1)
+    usual = bench["rows"][0]["microseconds"]
     gflops = bench["operations"] / microseconds / 1e3
     oldest = {"name": f"1989, {paper['hardware']['machine']}", "microseconds": microseconds}
     oldest |= {"ratio": usual / microseconds, "gflops": gflops, "share_of_peak": None}
@@ -236,8 +236,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.smoke and args.markdown:
         raise utils.BadRequest("--smoke measures nothing worth a --markdown: leave one of them out.")
-    cpu = utils.environment()["cpu"]
-    name = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-") + "-smoke" * args.smoke
+    environment = utils.environment()
+    name = re.sub(r"[^a-z0-9]+", "-", environment["cpu"].lower()).strip("-") + "-smoke" * args.smoke
     folder = Path(args.out) if args.out else utils.ROOT / "results" / "bench" / name
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -245,7 +245,7 @@ def main(argv=None):
         bench = measure(1 if args.smoke else args.rounds, 100 if args.smoke else 7291, args.quiet)
     except build.Unavailable as error:
         raise utils.BadRequest(f"there is no C engine to measure: {error}.") from error
-    bench |= {**utils.environment(), "smoke": args.smoke}
+    bench |= {**environment, "smoke": args.smoke}
     utils.write_whole(folder / "bench.json", utils.to_json(bench))
     draw(bench, folder)
     print(text_table(bench))
