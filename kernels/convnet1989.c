@@ -5,8 +5,10 @@
 //   LOSS        MSE: squashed outputs, mean squared error  |  CROSS_ENTROPY: logits, softmax
 //   ACTIVATION  TANH  |  SCALED_TANH: 1.7159 tanh(2x/3), outputs of MSE too  |  RELU: of hidden units
 //   OPTIMIZER   SGD: one learning rate  |  SGD_RATES: one for each parameter  |  ADAMW
-//   SHIFT       0  |  1: each digit moved by -1, 0 or 1 pixel both ways, wrapping as torch.roll does
+//   SHIFT       NONE  |  each digit moved by up to so many pixels both ways: ROLL, wrapping as torch.roll
+//               does, or PAD, moving the background in
 //   DROPOUT     0  |  1: of H2's outputs, while training
+//   BATCH       0: a step after each digit  |  1: after each batch of them, down their mean gradient
 //
 // The layout for SIMD. Every map of H2 reads 8 maps of H1, so 8 channels of a pixel lie side by side, and a
 // convolution is a sum of (8 channels) * (8 weights), of *octets*. A vector holds one octet (AVX2, NEON) or
@@ -29,6 +31,9 @@
 #define SGD 1
 #define SGD_RATES 2
 #define ADAMW 3
+#define NONE 0
+#define ROLL 1
+#define PAD 2
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -67,12 +72,17 @@ struct activations {
     float out[OUT];
 } ALIGNED;
 
+#define STORES_GRADIENT (OPTIMIZER != SGD || BATCH)
+
 struct learner {
     struct network net;
+#if STORES_GRADIENT
+    struct network gradient;
+#endif
 #if OPTIMIZER == SGD_RATES
-    struct network gradient, rate;
+    struct network rate;
 #elif OPTIMIZER == ADAMW
-    struct network gradient, moment1, moment2;
+    struct network moment1, moment2;
 #endif
     float lr;
 } ALIGNED;
@@ -82,6 +92,7 @@ struct state {
     uint64_t seed, presentations;
     double beta1_power, beta2_power;  // both 1 at first
     double lr, beta1, beta2, epsilon, weight_decay, dropout;
+    uint64_t shift_pixels;  // at most
 };
 
 // Vectors
@@ -251,12 +262,13 @@ INLINE void forward(const struct network *net, const float *image, struct activa
 
 // Backward and update. d is an error: the derivative of the loss by the inputs of a layer's units.
 
-// Take a gradient: step down at once, or leave it to the optimiser.
+// Take a gradient: step down at once, or leave it, or the batch's sum, to the optimiser.
 INLINE void learn(struct learner *l, float *weight, vec gradient) {
-#if OPTIMIZER == SGD
-    store(weight, load(weight) - l->lr * gradient);
+#if STORES_GRADIENT
+    float *kept = (float *)&l->gradient + (weight - (float *)&l->net);
+    store(kept, BATCH ? load(kept) + gradient : gradient);
 #else
-    store((float *)&l->gradient + (weight - (float *)&l->net), gradient);
+    store(weight, load(weight) - l->lr * gradient);
 #endif
 }
 
@@ -405,29 +417,37 @@ static void backward(struct learner *l, const float *image, struct activations *
     learn_H1(l, d1, image);
 }
 
-// What SGD has done already, the other optimisers do here. AdamW is Loshchilov and Hutter's, as in PyTorch.
-static void update(struct learner *l, struct state *s) {
-#if OPTIMIZER != SGD
+// What SGD has done already after a single digit. AdamW is Loshchilov and Hutter's, as in PyTorch.
+static void update(struct learner *l, struct state *s, int64_t batch) {
+#if STORES_GRADIENT
     float *w = (float *)&l->net, *gradient = (float *)&l->gradient;
     const int n = sizeof(struct network) / sizeof(float);
+#if BATCH
+    const float share = 1.0f / batch;
+    for (int i = 0; i < n; i++) gradient[i] *= share;
 #endif
-#if OPTIMIZER == SGD_RATES
+#if OPTIMIZER == SGD
+    for (int i = 0; i < n; i++) w[i] -= l->lr * gradient[i];
+#elif OPTIMIZER == SGD_RATES
     const float *rate = (float *)&l->rate;
     for (int i = 0; i < n; i++) w[i] -= rate[i] * gradient[i];
 #elif OPTIMIZER == ADAMW
     float *moment1 = (float *)&l->moment1, *moment2 = (float *)&l->moment2;
     s->beta1_power *= s->beta1;
     s->beta2_power *= s->beta2;
-    const float step = s->lr / (1 - s->beta1_power), root = __builtin_sqrt(1 - s->beta2_power);
+    const float step = s->lr / (1 - s->beta1_power), unbias = 1 / __builtin_sqrt(1 - s->beta2_power);
     const float shrink = 1 - s->lr * s->weight_decay, rest1 = 1 - s->beta1, rest2 = 1 - s->beta2;
     const float epsilon = s->epsilon;
     for (int i = 0; i < n; i++) {
         moment1[i] += rest1 * (gradient[i] - moment1[i]);
         moment2[i] += rest2 * (gradient[i] * gradient[i] - moment2[i]);
-        w[i] = shrink * w[i] - step * moment1[i] / (__builtin_sqrtf(moment2[i]) / root + epsilon);
+        w[i] = shrink * w[i] - step * moment1[i] / (__builtin_sqrtf(moment2[i]) * unbias + epsilon);
     }
 #endif
-    (void)l, (void)s;
+    if (BATCH)
+        for (int i = 0; i < n; i++) gradient[i] = 0;
+#endif
+    (void)l, (void)s, (void)batch;
 }
 
 // Chance: SplitMix64 (Steele et al. 2014) of a counter. Word 0 of a presentation moves the digit, words 1 to
@@ -444,22 +464,26 @@ static uint64_t random_word(const struct state *s, int word) {
 }
 
 static void shift(const struct state *s, const float *image, float *moved) {
-    int move = (random_word(s, 0) >> 32) * 9 >> 32, dy = move / 3 - 1, dx = move % 3 - 1;
+    const int reach = s->shift_pixels, moves = 2 * reach + 1;
+    const int move = (random_word(s, 0) >> 32) * moves * moves >> 32, dy = move / moves - reach, dx = move % moves - reach;
     for (int y = 0; y < 16; y++)
-        for (int x = 0; x < 16; x++)
-            moved[20 * (y + 2) + x + 2] = image[20 * (((y - dy) & 15) + 2) + ((x - dx) & 15) + 2];
+        for (int x = 0; x < 16; x++) {
+            const int fromy = y - dy, fromx = x - dx;
+            const int outside = (fromy | fromx) & ~15;
+            moved[20 * (y + 2) + x + 2] =
+                SHIFT == PAD && outside ? -1 : image[20 * ((fromy & 15) + 2) + (fromx & 15) + 2];
+        }
 }
 
 // The unit of H2 in PyTorch's order, (12, 4, 4), that is unit j in ours.
 INLINE int plain_unit(int j) { return 64 * (j / 64) + 16 * (j / 4 % 4) + 4 * (j / 16 % 4) + j % 4; }
 
 static void draw_dropout(const struct state *s, float *scale) {
-    uint64_t words[48];
-    for (int i = 0; i < 48; i++) words[i] = random_word(s, 1 + i);
     const uint32_t dropped = 65536 * s->dropout;
-    for (int j = 0; j < H2; j++) {
-        int unit = plain_unit(j);
-        scale[j] = (words[unit / 4] >> (16 * (unit % 4)) & 65535) < dropped ? 0 : 1 / (1 - s->dropout);
+    const float kept = 1 / (1 - s->dropout);
+    for (int j = 0; j < H2; j += 4) {  // four neighbours in a row are neighbours in both orders
+        uint64_t word = random_word(s, 1 + plain_unit(j) / 4);
+        UNROLL for (int i = 0; i < 4; i++) scale[j + i] = (word >> (16 * i) & 65535) < dropped ? 0 : kept;
     }
 }
 
@@ -508,11 +532,11 @@ static void lay_border(struct activations *a) {
 // How many floats a vector holds.
 int lanes(void) { return LANES; }
 
-// Present n images (20, 20), borders on, in order, and step after each. SGD_RATES: extra1 are the rates; ADAMW:
-// extra1 and extra2 are the moments. Returns 1 if a parameter is no longer finite, else 0. All it needs lies on
+// Present n images (20, 20), borders on, in order, and step after each, or (BATCH) after each `batch` of them
+// and after what is left. SGD_RATES: extra1 are the rates; ADAMW: extra1 and extra2 are the moments. Returns 1 if a parameter is no longer finite, else 0. All it needs lies on
 // the stack, 200 kB at most: threads of 128 kB, musl's, are too small for it.
 int train_pass(float *const parameters[8], float *const extra1[8], float *const extra2[8], const float *images,
-               const float *targets, int64_t n, struct state *s) {
+               const float *targets, int64_t n, int64_t batch, struct state *s) {
     struct learner l = {.lr = s->lr};
     struct activations a;
     lay_border(&a);
@@ -523,21 +547,22 @@ int train_pass(float *const parameters[8], float *const extra1[8], float *const 
     exchange(&l.moment1, extra1, 0);
     exchange(&l.moment2, extra2, 0);
 #endif
-#if SHIFT
+#if SHIFT != NONE
     float moved[400];
     for (int i = 0; i < 400; i++) moved[i] = -1;
 #endif
     for (int64_t i = 0; i < n; i++) {
         const float *image = images + 400 * i;
-#if SHIFT
+#if SHIFT != NONE
         shift(s, image, moved);
         image = moved;
 #endif
         if (DROPOUT) draw_dropout(s, a.scale);
         forward(&l.net, image, &a, 1);
         backward(&l, image, &a, targets + 10 * i);
-        update(&l, s);
         s->presentations++;
+        const int64_t in_batch = BATCH ? i % batch + 1 : 1;
+        if (!BATCH || in_batch == batch || i == n - 1) update(&l, s, in_batch);
     }
     exchange(&l.net, parameters, 1);
 #if OPTIMIZER == ADAMW

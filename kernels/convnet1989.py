@@ -22,6 +22,7 @@ VARIANTS = {
     "loss": ("mse", "cross_entropy"),
     "activation": ("tanh", "scaled_tanh", "relu"),
     "optimizer": ("sgd", "sgd_rates", "adamw"),
+    "shift": ("none", "roll", "pad"),
 }
 
 
@@ -39,12 +40,18 @@ class State(ctypes.Structure):
         ("epsilon", ctypes.c_double),
         ("weight_decay", ctypes.c_double),
         ("dropout", ctypes.c_double),
+        ("shift_pixels", ctypes.c_uint64),
     ]
 
-    def __init__(self, seed=0, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.01, dropout=0.25):
-        if not (0 <= seed < 2**64 and 0 <= dropout < 1):
-            raise ValueError(f"seed {seed} is not in [0, 2^64), or dropout {dropout} not in [0, 1)")
-        super().__init__(seed, 0, 1, 1, 0, beta1, beta2, epsilon, weight_decay, dropout)
+    def __init__(
+        self, seed=0, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.01, dropout=0.25, shift_pixels=1
+    ):
+        if not (0 <= seed < 2**64 and 0 <= dropout < 1 and 0 <= shift_pixels < 16):
+            raise ValueError(
+                f"seed {seed} is not in [0, 2^64), dropout {dropout} not in [0, 1), "
+                f"or shift_pixels {shift_pixels} not in [0, 16)"
+            )
+        super().__init__(seed, 0, 1, 1, 0, beta1, beta2, epsilon, weight_decay, dropout, shift_pixels)
 
 
 class Convnet1989:
@@ -55,27 +62,37 @@ class Convnet1989:
     """
 
     def __init__(
-        self, loss="mse", activation="tanh", optimizer="sgd", shift=False, dropout=False, target=None
+        self,
+        loss="mse",
+        activation="tanh",
+        optimizer="sgd",
+        shift="none",
+        dropout=False,
+        batch_size=1,
+        target=None,
     ):
-        chosen = {"loss": loss, "activation": activation, "optimizer": optimizer}
+        chosen = {"loss": loss, "activation": activation, "optimizer": optimizer, "shift": shift}
         for name, value in chosen.items():
             if value not in VARIANTS[name]:
                 raise ValueError(f"{name} {value!r} is none of {', '.join(VARIANTS[name])}")
+        if not (isinstance(batch_size, int) and batch_size >= 1):
+            raise ValueError(f"batch_size {batch_size!r} is not a whole number of at least 1")
         defines = {name.upper(): value.upper() for name, value in chosen.items()}
-        defines |= {"SHIFT": int(shift), "DROPOUT": int(dropout)}
+        defines |= {"DROPOUT": int(dropout), "BATCH": int(batch_size > 1)}
         library = build.library(SOURCE, defines, target)
         self.lanes = library.lanes()  # floats in a vector: 16 with AVX-512, else 8
-        self._optimizer, self._needs_state = optimizer, optimizer == "adamw" or shift or dropout
-        pointers, address = ctypes.c_void_p * 8, ctypes.c_void_p
+        self._optimizer, self._batch_size = optimizer, batch_size
+        self._needs_state = optimizer == "adamw" or shift != "none" or dropout
+        pointers, address, integer = ctypes.c_void_p * 8, ctypes.c_void_p, ctypes.c_int64
         self._train_pass, self._compute_outputs = library.train_pass, library.compute_outputs
         self._train_pass.argtypes = [
-            pointers, pointers, pointers, address, address, ctypes.c_int64, ctypes.POINTER(State)
+            pointers, pointers, pointers, address, address, integer, integer, ctypes.POINTER(State)
         ]  # fmt: skip
-        self._compute_outputs.argtypes = [pointers, address, ctypes.c_int64, address]
+        self._compute_outputs.argtypes = [pointers, address, integer, address]
         self._compute_outputs.restype = None
 
     def train_pass(self, parameters, images, targets, lr=0.0, *, rates=None, moments=None, state=None):
-        """Present every image once, in order, and step after each; parameters change in place.
+        """Present every image once, in order, and step after each batch; parameters change in place.
 
         targets (n, 10); `rates`: of sgd_rates, eight arrays like the parameters, used in the place of `lr`;
         `moments`: of adamw, two such eights, 0 at first, which change in place; `state`: of adamw, and where
@@ -100,6 +117,7 @@ class Convnet1989:
             _check(images, (n, 1, 20, 20), "images").ctypes.data,
             _check(targets, (n, 10), "targets").ctypes.data,
             n,
+            self._batch_size,
             ctypes.byref(state),
         )
         if not_finite:

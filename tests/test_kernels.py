@@ -17,7 +17,7 @@ import strokes
 from kernels import build, convnet1989
 from kernels.convnet1989 import SHAPES, VARIANTS, Convnet1989, State
 
-ALL = list(itertools.product(*VARIANTS.values()))
+ALL = list(itertools.product(*(VARIANTS[name] for name in ("loss", "activation", "optimizer"))))
 AVX2 = ("-mavx2", "-mfma", "-mno-avx512f")
 ON_X86 = platform.machine() in ("x86_64", "AMD64")
 
@@ -198,6 +198,30 @@ def test_each_parameter_has_its_own_rate():
     assert all(np.array_equal(a, b) for a, b in zip(rates, before))
 
 
+@pytest.mark.parametrize("optimizer", VARIANTS["optimizer"])
+@pytest.mark.parametrize("size, n", [(2, 60), (7, 60), (64, 60), (60, 60)])
+def test_batches_step_down_the_mean_gradient(optimizer, size, n):
+    """The last one too, which may be smaller."""
+    images, targets = digits(n, "cross_entropy")
+    ours = some_parameters(6)
+    reference = double(ours)
+    if optimizer == "adamw":
+        reference_optimizer = torch.optim.AdamW(reference, lr=0.003)
+    else:
+        reference_optimizer = torch.optim.SGD(reference, lr=0.1)
+    for image, target in zip(
+        torch.tensor(images).double().split(size), torch.tensor(targets).double().split(size)
+    ):
+        reference_optimizer.zero_grad()
+        loss_of(reference, image, target, "cross_entropy", "relu").backward()
+        reference_optimizer.step()
+    network = Convnet1989("cross_entropy", "relu", optimizer, batch_size=size)
+    given = {"rates": like(ours, 0.1), "moments": (like(ours), like(ours)), "state": State()}
+    network.train_pass(ours, images, targets, lr=0.003 if optimizer == "adamw" else 0.1, **given)
+    for a, b in zip(ours, reference):
+        np.testing.assert_allclose(a, b.detach().numpy(), atol=1e-5)
+
+
 def test_equal_rates_are_one_rate():
     images, targets = digits(50)
     ours, others = some_parameters(), some_parameters()
@@ -216,14 +240,15 @@ def mix(z):
     return z ^ (z >> 31)
 
 
-def draw(seed, presentation, dropout=0.25):
+def draw(seed, presentation, dropout=0.25, pixels=1):
     """A transcription of the kernel's generator: the shift (dy, dx), and the scale (192,) of dropout."""
     start = mix(seed)
     words = [mix((start + (64 * presentation + i + 1) * 0x9E3779B97F4A7C15) % 2**64) for i in range(49)]
-    move = (words[0] >> 32) * 9 >> 32
+    moves = 2 * pixels + 1
+    move = (words[0] >> 32) * moves**2 >> 32
     bits = np.array([words[1 + unit // 4] >> 16 * (unit % 4) & 65535 for unit in range(192)])
     scale = np.where(bits < int(65536 * dropout), 0, np.float32(1) / np.float32(1 - dropout))
-    return (move // 3 - 1, move % 3 - 1), scale
+    return (move // moves - pixels, move % moves - pixels), scale
 
 
 def test_splitmix64_is_that_of_its_authors():
@@ -232,27 +257,37 @@ def test_splitmix64_is_that_of_its_authors():
     assert words == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
-def rolled(images, seed):
+def padded(image, move):
+    """The image (16, 16) shifted; -1, the background, moves in."""
+    wide = np.pad(image, 16, constant_values=-1)
+    return wide[16 - move[0] : 32 - move[0], 16 - move[1] : 32 - move[1]]
+
+
+def shifted(images, seed, how, pixels):
     """Each digit shifted as the kernel will, borders on again."""
     plain = images[:, 0, 2:-2, 2:-2]
-    moves = [draw(seed, i)[0] for i in range(len(images))]
-    return repro.add_border(np.stack([np.roll(image, move, (0, 1)) for image, move in zip(plain, moves)]))
+    moves = [draw(seed, i, pixels=pixels)[0] for i in range(len(images))]
+    by = {"roll": lambda image, move: np.roll(image, move, (0, 1)), "pad": padded}[how]
+    return repro.add_border(np.stack([by(image, move) for image, move in zip(plain, moves)]))
 
 
-def test_shifts_are_those_of_roll():
+@pytest.mark.parametrize("how, pixels", [("roll", 1), ("pad", 1), ("roll", 3), ("pad", 3), ("pad", 15)])
+def test_shifts_are_those_of_numpy(how, pixels):
     """Bit for bit: training on shifted digits is training on digits that were shifted before."""
     images, targets = digits(200)
     images[:, 0, 2:-2, 2:-2] += np.random.default_rng(0).random(
         (200, 16, 16), np.float32
     )  # edges that differ
     ours, others = some_parameters(), some_parameters()
-    network, state = Convnet1989(shift=True), State(seed=99)
+    network, state = Convnet1989(shift=how), State(seed=99, shift_pixels=pixels)
     for part in (slice(0, 70), slice(70, 200)):
         network.train_pass(ours, images[part], targets[part], lr=0.03, state=state)
-    Convnet1989().train_pass(others, rolled(images, 99), targets, lr=0.03)
+    Convnet1989().train_pass(others, shifted(images, 99, how, pixels), targets, lr=0.03)
     assert all(np.array_equal(a, b) for a, b in zip(ours, others))
-    Convnet1989().train_pass(others, rolled(images, 98), targets, lr=0.03)
-    assert not np.array_equal(ours[0], others[0])
+    for wrong in ((98, how, pixels), (99, {"roll": "pad", "pad": "roll"}[how], pixels)):
+        others = some_parameters()
+        Convnet1989().train_pass(others, shifted(images, *wrong), targets, lr=0.03)
+        assert not np.array_equal(ours[0], others[0])
 
 
 @pytest.mark.parametrize("dropout", [0.25, 0.5])
@@ -296,7 +331,7 @@ def test_replicas_of_other_seeds_draw_otherwise():
 def test_evaluation_draws_nothing():
     parameters, (images, _) = some_parameters(), digits(50)
     plain = Convnet1989().compute_outputs(parameters, images)
-    assert np.array_equal(plain, Convnet1989(shift=True, dropout=True).compute_outputs(parameters, images))
+    assert np.array_equal(plain, Convnet1989(shift="roll", dropout=True).compute_outputs(parameters, images))
 
 
 # Functions that are not exported, called from a file that includes the kernel
@@ -311,7 +346,14 @@ def probe(tmp_path_factory):
         "void tanhs(float *x, int n) { EACH store(x + i, tanh_of(load(x + i))); }\n"
         "void exps(float *x, int n) { EACH store(x + i, exp_of(load(x + i))); }\n"
     )
-    defines = {"LOSS": "CROSS_ENTROPY", "ACTIVATION": "TANH", "OPTIMIZER": "SGD", "SHIFT": 0, "DROPOUT": 0}
+    defines = {
+        "LOSS": "CROSS_ENTROPY",
+        "ACTIVATION": "TANH",
+        "OPTIMIZER": "SGD",
+        "SHIFT": "NONE",
+        "DROPOUT": 0,
+    }
+    defines["BATCH"] = 0
     library = build.library(source, defines)
 
     def call(name, x):
@@ -354,14 +396,14 @@ def trained(network, n=100, seed=0):
 
 
 def test_again_and_in_threads_the_same_bytes():
-    network = Convnet1989(shift=True, dropout=True)
+    network = Convnet1989(shift="roll", dropout=True)
     alone = [trained(network, seed=seed) for seed in range(8)]
     assert len(set(alone)) == 8
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda seed: trained(network, seed=seed), range(8))) == alone
 
 
-def with_program(command, program, runner, loss, activation, optimizer, shift, dropout, n=40):
+def with_program(command, program, runner, loss, activation, optimizer, shift, dropout, batch_size, n=40):
     """What the kernel does as a program of its own, made by `command`, and what it does here."""
     images, targets = digits(n, loss)
     parameters = list(some_parameters(2))
@@ -374,15 +416,16 @@ def with_program(command, program, runner, loss, activation, optimizer, shift, d
         "LOSS": loss,
         "ACTIVATION": activation,
         "OPTIMIZER": optimizer,
-        "SHIFT": shift,
+        "SHIFT": shift.upper(),
         "DROPOUT": dropout,
+        "BATCH": int(batch_size > 1),
     }
     defines = [f"-D{name}={str(value).upper()}" for name, value in defines.items()]
     source = ROOT / "tests" / "run_convnet1989.c"
     subprocess.run([*command, *defines, source, "-lm", "-o", program], check=True)
     done = subprocess.run([*runner, program], input=given, capture_output=True)
     assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
-    network = Convnet1989(loss, activation, optimizer, shift, dropout)
+    network = Convnet1989(loss, activation, optimizer, shift, dropout, batch_size)
     state = State(seed=7)
     network.train_pass(
         parameters, images, targets, 0.003, rates=extra1, moments=(extra1, extra2), state=state
@@ -392,17 +435,18 @@ def with_program(command, program, runner, loss, activation, optimizer, shift, d
 
 
 SOME = [
-    ("mse", "tanh", "sgd", 0, 0),
-    ("mse", "scaled_tanh", "sgd_rates", 1, 0),
-    ("cross_entropy", "relu", "adamw", 1, 1),
+    ("mse", "tanh", "sgd", "none", 0, 1),
+    ("mse", "scaled_tanh", "sgd_rates", "roll", 0, 7),
+    ("cross_entropy", "relu", "adamw", "pad", 1, 1),
+    ("cross_entropy", "relu", "adamw", "roll", 1, 7),
 ]
 
 
 @pytest.mark.skipif(not ON_X86, reason="AVX2 is of x86-64")
 def test_narrower_vectors_give_the_same_bytes():
-    for loss, activation, optimizer, shift, dropout in SOME[:1]:
-        wide = Convnet1989(loss, activation, optimizer, shift, dropout)
-        narrow = Convnet1989(loss, activation, optimizer, shift, dropout, target=AVX2)
+    for loss, activation, optimizer, shift, dropout, batch_size in SOME[:1]:
+        wide = Convnet1989(loss, activation, optimizer, shift, dropout, batch_size)
+        narrow = Convnet1989(loss, activation, optimizer, shift, dropout, batch_size, target=AVX2)
         assert narrow.lanes == 8
         assert trained(wide, n=1000) == trained(narrow, n=1000)
 
@@ -474,12 +518,15 @@ def test_arrays_that_will_not_do():
             adamw.train_pass(good, images, targets, 0.03, moments=wrong, state=State())
     with pytest.raises(ValueError, match="state"):
         adamw.train_pass(good, images, targets, 0.03, moments=moments)
-    for wrong in ({"seed": -1}, {"seed": 2**64}, {"dropout": -0.1}, {"dropout": 1}):
+    for wrong in ({"seed": -1}, {"seed": 2**64}, {"dropout": -0.1}, {"dropout": 1}, {"shift_pixels": 16}):
         with pytest.raises(ValueError, match="is not in"):
             State(**wrong)
     with pytest.raises(ValueError, match="parameters: not 8 arrays"):
         network.compute_outputs(None, images)
-    for unknown in ({"loss": "hinge"}, {"activation": "gelu"}, {"optimizer": "lion"}):
+    for size in (0, 1.5):
+        with pytest.raises(ValueError, match="batch_size"):
+            Convnet1989(batch_size=size)
+    for unknown in ({"loss": "hinge"}, {"activation": "gelu"}, {"optimizer": "lion"}, {"shift": "swirl"}):
         with pytest.raises(ValueError, match="is none of"):
             Convnet1989(**unknown)
 
