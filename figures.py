@@ -23,10 +23,11 @@ def save(figure, path):
     utils.write_whole(path, buffer.getvalue())
 
 
-def learning_curves(logs, title, published=None):
+def learning_curves(logs, title, published=None, loss="mean squared error"):
     """Loss and error after every pass: mean and min-max over the replicas.
 
-    `logs` holds a list of evaluations for each replica; `published`, a row of `reference/`, is drawn dashed.
+    `logs` holds a list of evaluations for each replica; `published`, a row of `reference/`, is drawn dashed,
+    but for what is known to be misprinted.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharex=True)
     for split, colour in (("train", "C0"), ("test", "C1")):
@@ -36,14 +37,17 @@ def learning_curves(logs, title, published=None):
             low, high = curves.min(axis=0), curves.max(axis=0)
             axis.fill_between(passes, low, high, color=colour, alpha=0.25, linewidth=0)
             axis.plot(passes, curves.mean(axis=0), color=colour, label=split)
-            if published:
-                value = utils.published(published[f"{split}_{quantity}"])
+            value = utils.published(published[f"{split}_{quantity}"]) if published else None
+            if value is not None:
                 axis.axhline(value, color="0.5", linestyle="--", linewidth=1)
-                label = f"{published['title']},\n{split}"
+                label = f"{published['title'].split(':')[0]},\n{split}"
                 transform = axis.get_yaxis_transform()  # x as a fraction of the axis, y in data units
                 axis.text(1.01, value, label, transform=transform, va="center", color="0.4", fontsize="small")
-    axes[0].set(xlabel="passes", ylabel="mean squared error", yscale="log", title=title)
-    axes[1].set(xlabel="passes", ylabel="error (%)", yscale="log")
+    axes[0].set(xlabel="passes", ylabel=loss, yscale="log", title=title)
+    axes[1].set(xlabel="passes", ylabel="error (%)")
+    # Down to one miss the axis is logarithmic, and from there to none, linear.
+    axes[1].set_yscale("symlog", linthresh=100 / max(e["n"] for e in logs[0]), linscale=0.3)
+    axes[1].set_ylim(bottom=0) if min(e["error"] for log in logs for e in log) == 0 else None
     axes[1].yaxis.set_major_formatter("{x:g}")
     replicas = f"mean and min-max, {len(logs)} seeds" if len(logs) > 1 else "1 seed"
     axes[0].legend(title=replicas, fontsize="small")
@@ -72,7 +76,8 @@ def bars(values, label, title):
 def gallery(images, captions, title, columns=15, low=-1, high=1):
     """Images (n, height, width) in rows, a caption above each; `low` is white and `high` black."""
     n, height, width = images.shape
-    rows, room, gap = max(1, -(-n // columns)), height * 0.4, width * 0.2  # room for the captions, in pixels
+    rows, gap = max(1, -(-n // columns)), width * 0.2
+    room = height * 0.4 * max((caption.count("\n") + 1 for caption in captions), default=1)  # in pixels
     size = columns * 0.6, rows * 0.6 * (height + room) / (width + gap) + 0.5
     figure, axis = plt.subplots(figsize=size)
     axis.set_title(title, fontsize="medium")
@@ -85,12 +90,39 @@ def gallery(images, captions, title, columns=15, low=-1, high=1):
     return figure
 
 
-def misses(images, targets, answers, title):
-    """Every digit (n, 16, 16) whose answer is not the target."""
+def misses(images, targets, answers, title, confidences=None):
+    """Every digit (n, 16, 16) whose answer is not the target; with confidences, the surest answer first."""
     missed = np.flatnonzero(targets != answers)
     captions = [f"{targets[i]} \N{RIGHTWARDS ARROW} {answers[i]}" for i in missed]
     title = f"{title}: {len(missed)} digits missed, target \N{RIGHTWARDS ARROW} answer"
+    if confidences is not None:
+        order = np.argsort(-confidences[missed], kind="stable")
+        missed = missed[order]
+        captions = [f"{captions[k]}\n{confidences[missed][j]:.0%}" for j, k in enumerate(order)]
+        title += " and how sure it is, surest first"
     return gallery(images[missed], captions, title)
+
+
+def ladder(values, names, published, label, title):
+    """A column of points for each name, its mean as a bar; `published`, a value for each or None, dashed."""
+    figure, axis = plt.subplots(figsize=(10, 4))
+    for column, own in enumerate(values):
+        beside = np.linspace(-0.25, 0.25, len(own)) if len(own) > 1 else [0]
+        axis.plot(column + np.array(beside), own, "o", color="C0", markersize=3, alpha=0.6)
+        mean = np.mean(own)
+        axis.plot([column - 0.3, column + 0.3], [mean, mean], color="C0", linewidth=2)
+        axis.text(column + 0.32, mean, f"{mean:.1f}", color="C0", va="center", fontsize="small")
+        if published:
+            value = published[column]
+            axis.plot([column - 0.4, column + 0.4], [value, value], color="0.5", linestyle="--", linewidth=1)
+            axis.text(
+                column - 0.42, value, str(value), color="0.4", va="center", ha="right", fontsize="small"
+            )
+    words = "points: seeds, bars: their means" + (", dashed: published" if published else "")
+    axis.set(ylabel=label, title=f"{title} ({words})", ylim=(0, None))
+    axis.set_xticks(range(len(names)), names)
+    axis.grid(True, axis="y")
+    return figure
 
 
 def kernels(kernels, title):

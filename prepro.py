@@ -33,6 +33,11 @@ SIDE = 16
 TRAIN_SIZE, TEST_SIZE = 7291, 2007  # LeCun et al. 1989
 MNIST_SEED = 1337  # Karpathy's
 STROKES_SEED = 1989
+LARGEST = {
+    "mnist": 60_000,
+    "usps": TRAIN_SIZE,
+    "strokes": 10_000_000,
+}  # to train on; so many strokes are 10 GB
 DRAWS = ("test-first", "train-first")
 DATA = (utils.ROOT / "data").resolve()
 SOURCES = {  # the files that torchvision reads, under the data root: those to train on, those to test on
@@ -66,18 +71,25 @@ class Digits(NamedTuple):
         return digest.hexdigest()
 
 
-def load(name, draw=None, data_root=None):
+def load(name, draw=None, data_root=None, train_size=TRAIN_SIZE):
     """The digit set `name` (mnist, usps or strokes; `draw` for mnist), built into data/ the first time.
 
-    A set that was built before is taken only if it was built from what `data_root` holds now. Raises
-    utils.BadRequest where the digits are damaged, and Unavailable where they are neither on disk nor to be
-    had.
+    Only the first `train_size` digits to train on; those to test on are always the same. A set that was
+    built before is taken only if it was built from what `data_root` holds now. Raises utils.BadRequest where
+    the digits are damaged or too few, and Unavailable where they are neither on disk nor to be had.
     """
     draw = _check_draw(name, draw)
+    _check_train_size(name, train_size)
     if name == "strokes":
-        return build_strokes()
-    root = find_root(data_root)
-    prepared = DATA / f"{file_name(name, draw)}.npz"
+        return build_strokes(train_size)
+    size = TRAIN_SIZE if train_size <= TRAIN_SIZE else LARGEST[name]
+    digits = _load_prepared(name, draw, find_root(data_root), size)
+    chosen = slice(train_size)
+    return digits._replace(train_images=digits.train_images[chosen], train_labels=digits.train_labels[chosen])
+
+
+def _load_prepared(name, draw, root, train_size):
+    prepared = DATA / f"{file_name(name, draw, train_size)}.npz"
     if prepared.exists():
         digits = read(prepared)
         if (digits.provenance["data"], digits.provenance.get("draw")) != (name, draw):
@@ -85,7 +97,7 @@ def load(name, draw=None, data_root=None):
         sources = find_sources(name, root)
         if sources == digits.provenance["sources"] or (not sources and root == DATA):
             return digits
-    digits = build(name, draw, root)
+    digits = build(name, draw, root, train_size)
     try:
         write(digits, prepared)
     except (utils.RunFailed, OSError) as error:  # such as a checkout that is read-only
@@ -96,17 +108,17 @@ def load(name, draw=None, data_root=None):
     return digits
 
 
-def build(name, draw, root):
+def build(name, draw, root, train_size=TRAIN_SIZE):
     """Build the set `name` from the source files under `root`, downloading them where they are absent."""
     if not find_sources(name, root):
         download(name, root)
-    digits = build_mnist(root, draw) if name == "mnist" else build_usps(root)
+    digits = build_mnist(root, draw, train_size) if name == "mnist" else build_usps(root)
     train_files, test_files = SOURCES[name]
     check(digits, root / train_files[-1], root / test_files[-1], DOWNLOAD_ANEW)
     return digits
 
 
-def build_mnist(root, draw):
+def build_mnist(root, draw, train_size=TRAIN_SIZE):
     """MNIST, bilinear to 16x16 without antialiasing, drawn as Karpathy's prepro.py draws it."""
     import torch
     import torch.nn.functional as F
@@ -115,7 +127,7 @@ def build_mnist(root, draw):
     generator = np.random.RandomState(MNIST_SEED)
     chosen = {}
     for split in ("test", "train") if draw == "test-first" else ("train", "test"):
-        population, size = (60000, TRAIN_SIZE) if split == "train" else (10000, TEST_SIZE)
+        population, size = (60000, train_size) if split == "train" else (10000, TEST_SIZE)
         chosen[split] = generator.permutation(population)[:size]
 
     arrays = []
@@ -250,9 +262,17 @@ def _check_draw(name, draw):
     return draw or (DRAWS[0] if name == "mnist" else None)
 
 
-def file_name(name, draw=None):
-    """mnist (the published draw), mnist-train-first, usps or strokes."""
-    return name if draw in (None, DRAWS[0]) else f"{name}-{draw}"
+def _check_train_size(name, train_size):
+    if not 1 <= train_size <= LARGEST[name]:
+        raise utils.BadRequest(
+            f"--train-size {train_size}: {name} has from 1 to {LARGEST[name]} digits to train on."
+        )
+
+
+def file_name(name, draw=None, train_size=TRAIN_SIZE, test_size=TEST_SIZE):
+    """mnist (the published draw), mnist-train-first, usps or strokes, and the sizes if they are unusual."""
+    sizes = f"-{train_size}-{test_size}" * ((train_size, test_size) != (TRAIN_SIZE, TEST_SIZE))
+    return (name if draw in (None, DRAWS[0]) else f"{name}-{draw}") + sizes
 
 
 def write(digits, path):
@@ -297,6 +317,8 @@ def check(digits, train_file, test_file, remedy):
         if labels.dtype != np.int64 or labels.min() < 0 or labels.max() > 9:
             raise damaged(where, f"a {split} label is not a digit from 0 to 9", remedy)
         expected = counts.get(f"{split}_counts")
+        if name == "mnist" and split == "train" and len(labels) != TRAIN_SIZE:
+            expected = published[name]["train_counts"] if len(labels) == LARGEST[name] else None
         if expected and np.bincount(labels, minlength=10).tolist() != expected:
             raise damaged(where, f"the {split} digits are not the published number of each class", remedy)
         first = counts.get(f"first_{split}_labels", [])
@@ -307,29 +329,29 @@ def check(digits, train_file, test_file, remedy):
 @utils.exit_status
 def main(argv=None):
     parser = utils.Parser("prepro", __doc__)
-    size = utils.number(int, at_least=1, at_most=10_000_000)  # 10 GB
+    size = utils.number(int, at_least=1, at_most=LARGEST["strokes"])
     parser.add_argument("--data", default="mnist", choices=("mnist", "usps", "strokes"), help="which digits")
     parser.add_argument("--draw", choices=DRAWS, help=DRAW_HELP)
     parser.add_argument("--data-root", metavar="DIR", help=DATA_ROOT_HELP)
-    parser.add_argument("--train-size", default=TRAIN_SIZE, type=size, help="strokes to train on")
+    parser.add_argument("--train-size", default=TRAIN_SIZE, type=size, help="digits to train on")
     parser.add_argument("--test-size", default=TEST_SIZE, type=size, help="strokes to test on")
     parser.add_argument("--out", metavar="DIR", type=Path, default=DATA, help="where the set is written")
     parser.add_argument("--quiet", action="store_true", help="print only errors")
     args = parser.parse_args(argv)
 
     draw = _check_draw(args.data, args.draw)
-    name = file_name(args.data, draw)
     sizes = args.train_size, args.test_size
+    _check_train_size(args.data, args.train_size)
     if args.data == "strokes":
         digits = build_strokes(*sizes)
-    elif sizes == (TRAIN_SIZE, TEST_SIZE):
-        digits = build(args.data, draw, find_root(args.data_root))
-    else:
+    elif args.test_size != TEST_SIZE or (args.data == "usps" and args.train_size != TRAIN_SIZE):
         raise utils.BadRequest(
-            f"--train-size and --test-size are for --data strokes: {args.data} is as published."
+            f"{args.data} has its {TEST_SIZE} digits to test on, and usps its {TRAIN_SIZE} to train on: "
+            "leave out --test-size and --train-size."
         )
-    if sizes != (TRAIN_SIZE, TEST_SIZE):
-        name += f"-{args.train_size}-{args.test_size}"
+    else:
+        digits = build(args.data, draw, find_root(args.data_root), args.train_size)
+    name = file_name(args.data, draw, *sizes)
 
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -20,14 +20,11 @@ import functools
 import math
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 import prepro
 import utils
@@ -140,14 +137,22 @@ class Engine(NamedTuple):
 
 def pick_engine(name, device):
     """The engine `name` (auto, c or torch) on the device; auto is C on a CPU, if it can be compiled."""
-    if name == "c" and device != "cpu":
+    network = compile_network(name, device, loss="mse", activation="tanh", optimizer="sgd")
+    if network:
+        return Engine("c", network.train_pass, network.compute_outputs)
+    on_device = (functools.partial(function, device=device) for function in (train_pass, compute_outputs))
+    return Engine("torch", *on_device)
+
+
+def compile_network(engine, device, **variant):
+    """The C engine's network, or None where PyTorch is to train, which is then made ready for it."""
+    if engine == "c" and device != "cpu":
         raise utils.BadRequest(f"--engine c computes on a CPU alone; leave it out with --device {device}.")
-    if name != "torch" and device == "cpu":
+    if engine != "torch" and device == "cpu":
         try:
-            network = Convnet1989(loss="mse", activation="tanh", optimizer="sgd")
-            return Engine("c", network.train_pass, network.compute_outputs)
+            return Convnet1989(**variant)
         except build.Unavailable as error:
-            if name == "c":
+            if engine == "c":
                 raise utils.BadRequest(f"--engine c: {error}; --engine torch does without.") from error
             print(f"No C engine: {error}. PyTorch trains, a hundred times as long.", file=sys.stderr)
     utils.require_device(device)
@@ -155,10 +160,10 @@ def pick_engine(name, device):
     torch.set_num_threads(1)
     torch.backends.mkldnn.enabled = False
     # On CUDA: float32 proper, and the same sums in the same order each time.
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
-    on_device = (functools.partial(function, device=device) for function in (train_pass, compute_outputs))
-    return Engine("torch", *on_device)
+    return None
 
 
 # Training
@@ -193,67 +198,37 @@ def train(seed, name, splits, engine, args, folder, progress, stop):
             progress.update(len(images[part]))
         for split, digits in splits.items():
             loss, misses, _ = evaluate(engine, parameters, *digits)
-            if not math.isfinite(loss):
-                raise utils.RunFailed(
-                    f"seed {seed}: the {split} loss is {loss} after pass {passes}; lower --lr."
-                )
-            evaluation = {
-                "pass": passes,
-                "split": split,
-                "loss": loss,
-                "error": 100 * misses / len(digits[1]),  # percent
-                "misses": misses,
-                "n": len(digits[1]),
-                "presentations": passes * len(labels),
-                "train_seconds": round(train_seconds, 3),
-            }
-            log.append(evaluation)
-        utils.write_log(folder / f"seed{seed}.jsonl", log)
-        if not args.quiet:
-            lines = [utils.eval_line(**evaluation) for evaluation in log[-2:]]
-            tqdm.write("\n".join([f"{name}, seed {seed}, pass {passes}", *lines]))
-            sys.stdout.flush()
+            facts = seed, passes, split, loss, misses, len(digits[1]), passes * len(labels), train_seconds
+            log.append(utils.evaluation(*facts))
+        utils.report_pass(log, folder, name, seed, args.quiet)
     utils.write_whole(folder / f"weights-seed{seed}.npz", utils.npz_bytes(**parameters._asdict()))
     return parameters, log
 
 
 def train_all(seeds, name, splits, engine, args, folder):
     """Train a replica for each seed, `args.threads` at a time: parameters and logs, in the order of seeds."""
-    stop = threading.Event()
+
+    def replica(seed, progress, stop):
+        return train(seed, name, splits, engine, args, folder, progress, stop)
+
     total = len(seeds) * args.passes * len(splits["train"][1])
-    with (
-        utils.interrupt_sets(stop),  # none may write any more when the folder is put in order
-        tqdm(total=total, unit="digit", unit_scale=True, disable=args.quiet or None) as progress,
-        ThreadPoolExecutor(args.threads) as pool,
-    ):
-        others, replicas = (name, splits, engine, args, folder, progress, stop), []
-        try:
-            replicas += (pool.submit(train, seed, *others) for seed in seeds)
-            wait(replicas, return_when=FIRST_EXCEPTION)
-        except RuntimeError as error:
-            raise utils.RunFailed(
-                f"{args.threads} threads are too many ({error}); lower --threads."
-            ) from error
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-        return [replica.result() for replica in replicas]
+    return utils.in_parallel(replica, seeds, args.threads, total, args.quiet)
 
 
 # Around it
 
 
-def load_digits(args):
+def load_digits(args, train_size=prepro.TRAIN_SIZE):
     """The digits asked for; for --data auto, strokes and a loud notice where MNIST cannot be had."""
     if args.data != "auto":
-        return prepro.load(args.data, args.draw, args.data_root)
+        return prepro.load(args.data, args.draw, args.data_root, train_size)
     try:
-        return prepro.load("mnist", args.draw, args.data_root)
+        return prepro.load("mnist", args.draw, args.data_root, train_size)
     except prepro.Unavailable as error:
         rule = "*" * 100
         notice = "NOTICE: what follows is trained on procedural digits (strokes); hold it against no paper."
         print(rule, error, notice, rule, sep="\n", file=sys.stderr)
-        return prepro.load("strokes")
+        return prepro.load("strokes", train_size=train_size)
 
 
 def summary(name, logs):

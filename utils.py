@@ -17,10 +17,12 @@ import sys
 import threading
 import time
 import tomllib
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 
@@ -105,17 +107,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
-def number(kind, at_least=-math.inf, at_most=math.inf, above=-math.inf):
+def number(kind, at_least=-math.inf, at_most=math.inf, above=-math.inf, below=math.inf):
     """An argparse type: a finite int or float within the bounds."""
 
     def parse(text):
         try:
             value = kind(text)
-            fits = math.isfinite(value) and at_least <= value <= at_most and value > above
+            fits = math.isfinite(value) and at_least <= value <= at_most and above < value < below
         except (ValueError, OverflowError):
             fits = False
         if not fits:
-            bounds = {"of at least": at_least, "above": above, "of at most": at_most}
+            bounds = {"of at least": at_least, "above": above, "of at most": at_most, "below": below}
             limits = " and ".join(
                 f"{words} {bound}" for words, bound in bounds.items() if math.isfinite(bound)
             )
@@ -208,6 +210,31 @@ def eval_line(split, loss, error, misses, **_):
     return f"eval: split {split:5s}. loss {loss:e}. error {error:.2f}%. misses: {misses}"
 
 
+def evaluation(seed, passes, split, loss, misses, n, presentations, train_seconds):
+    """What the log says of one replica and split after a pass; RunFailed if the loss is not finite."""
+    if not math.isfinite(loss):
+        raise RunFailed(f"seed {seed}: the {split} loss is {loss} after pass {passes}; lower --lr.")
+    return {
+        "pass": passes,
+        "split": split,
+        "loss": loss,
+        "error": 100 * misses / n,  # percent
+        "misses": misses,
+        "n": n,
+        "presentations": presentations,
+        "train_seconds": round(train_seconds, 3),
+    }
+
+
+def report_pass(log, folder, name, seed, quiet):
+    """Write a replica's log, and print its last pass."""
+    write_log(folder / f"seed{seed}.jsonl", log)
+    if not quiet:
+        lines = [eval_line(**evaluation) for evaluation in log[-2:]]
+        tqdm.write("\n".join([f"{name}, seed {seed}, pass {log[-1]['pass']}", *lines]))
+        sys.stdout.flush()
+
+
 def write_log(path, evaluations):
     """Write an eval log: JSON Lines, one evaluation a line."""
     write_whole(path, "".join(json.dumps(evaluation, allow_nan=False) + "\n" for evaluation in evaluations))
@@ -221,6 +248,33 @@ def read_log(path):
 def last_evaluations(log):
     """The last evaluation of each split, by split."""
     return {split: [e for e in log if e["split"] == split][-1] for split in ("train", "test")}
+
+
+# Replicas side by side
+
+
+def in_parallel(function, jobs, threads, total, quiet):
+    """`function(job, progress, stop)` for each job, `threads` at a time: the results, in the order of jobs.
+
+    `progress` is a bar of `total` digits. `stop` is an Event, set when Ctrl-C is pressed or a job has
+    failed: then each should return soon.
+    """
+    stop = threading.Event()
+    with (
+        interrupt_sets(stop),  # none may write any more when the folder is put in order
+        tqdm(total=total, unit="digit", unit_scale=True, disable=quiet or None) as progress,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        running = []
+        try:
+            running += (pool.submit(function, job, progress, stop) for job in jobs)
+            wait(running, return_when=FIRST_EXCEPTION)
+        except RuntimeError as error:
+            raise RunFailed(f"{threads} threads are too many ({error}); lower --threads.") from error
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+        return [each.result() for each in running]
 
 
 # The folder of a run
@@ -247,7 +301,7 @@ def run_path(out, run):
     if out is not None:
         return Path(out).resolve()
     words = [
-        str(value) if key in ("data", "draw") else key if value is True else f"{key}{value}"
+        str(value) if key in ("data", "draw") else key if value is True else f"{key.replace('_', '-')}{value}"
         for key, value in run["settings"].items()
     ]
     words += [run["device"]] if run["device"] != "cpu" else []
