@@ -1,4 +1,5 @@
-"""How fast the 1989 network is trained, one digit at a time: the usual loop, our engines, and 1989.
+"""How fast the 1989 network is trained, one digit at a time: the usual loop, our engines, and 1989; then the
+same network with all of modern.py's changes.
 
     python bench.py                # a minute; the table, and results/bench/<processor>/
     python bench.py --markdown     # writes the table into README.md as well
@@ -8,6 +9,7 @@ on another machine.
 """
 
 import ctypes
+import functools
 import math
 import re
 import statistics
@@ -16,29 +18,40 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import modern
 import repro
 import strokes
 import utils
 from kernels import build
 from kernels.convnet1989 import Convnet1989
 
+SEED = 1337
+USUAL = "PyTorch, the usual loop"
+
 # The usual loop, as in most tutorials; tests/test_repro.py holds repro.py against it
 
 
 def plain_forward(p, images):
     """Outputs (n, 10) for images (n, 1, 16, 16): the padding and the three blocks of H2 spelt out."""
-    x = torch.tanh(F.conv2d(F.pad(images, (2, 2, 2, 2), value=-1.0), p.H1w, stride=2) + p.H1b)
+    return torch.tanh(plain_logits(p, images, torch.tanh))
+
+
+def plain_logits(p, images, activation, dropout=0.0):
+    """The outputs before they are squashed; of H2's, a share of `dropout` is dropped."""
+    x = activation(F.conv2d(F.pad(images, (2, 2, 2, 2), value=-1.0), p.H1w, stride=2) + p.H1b)
     x = F.pad(x, (2, 2, 2, 2), value=-1.0)
     a = F.conv2d(x[:, 0:8], p.H2w[0:4], stride=2)
     b = F.conv2d(x[:, 4:12], p.H2w[4:8], stride=2)
     c = F.conv2d(torch.cat((x[:, 0:4], x[:, 8:12]), dim=1), p.H2w[8:12], stride=2)
-    x = torch.tanh(torch.cat((a, b, c), dim=1) + p.H2b)
-    x = torch.tanh(x.flatten(1) @ p.H3w + p.H3b)
-    return torch.tanh(x @ p.outw + p.outb)
+    x = activation(torch.cat((a, b, c), dim=1) + p.H2b)
+    x = F.dropout(x, dropout) if dropout else x
+    x = activation(x.flatten(1) @ p.H3w + p.H3b)
+    return x @ p.outw + p.outb
 
 
 def plain_pass(p, images, targets, lr):
@@ -46,6 +59,18 @@ def plain_pass(p, images, targets, lr):
     optimizer = torch.optim.SGD(p, lr=lr)
     for i in range(len(images)):
         loss = torch.mean((plain_forward(p, images[[i]]) - targets[[i]]) ** 2)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+
+def plain_modern_pass(p, optimizer, images, labels, batch_size=1):
+    """The same with all changes of modern.py: cross-entropy, AdamW, a shift (of the whole batch), dropout."""
+    for first in range(0, len(images), batch_size):
+        batch = slice(first, first + batch_size)
+        move = torch.randint(-1, 2, (2,)).tolist()
+        logits = plain_logits(p, torch.roll(images[batch], move, (2, 3)), torch.relu, dropout=0.25)
+        loss = F.cross_entropy(logits, labels[batch])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -75,12 +100,12 @@ def measure_peak(seconds=0.2):
 
 
 def contenders(images, targets):
-    """name -> (threads, presentations, a function that trains for so many), slowest first."""
-    start, lr = repro.init_parameters(1337), 0.03
+    """Of 1989: name -> (threads, presentations, a function that trains for so many), slowest first."""
+    start, lr = repro.init_parameters(SEED), 0.03
     some, cores = images[: len(images) // 15], utils.cores()  # PyTorch need not see so many
 
     def usual():
-        p = repro.Parameters(*(torch.tensor(array, requires_grad=True) for array in start))
+        p = plain_parameters()
         unbordered, places = torch.tensor(some[:, :, 2:-2, 2:-2].copy()), torch.tensor(targets[: len(some)])
         return lambda: plain_pass(p, unbordered, places, lr)
 
@@ -91,7 +116,7 @@ def contenders(images, targets):
 
     network = Convnet1989()
     table = {
-        "PyTorch, the usual loop": (1, len(some), with_onednn(True, usual())),
+        USUAL: (1, len(some), with_onednn(True, usual())),
         "PyTorch engine": (1, len(some), with_onednn(False, engine(repro.train_pass, some))),
     }
     if network.lanes == 16:
@@ -102,6 +127,41 @@ def contenders(images, targets):
         everywhere = engine(network.train_pass, images, threads=cores)
         table[f"C engine, {cores} cores"] = (cores, cores * len(images), everywhere)
     return table
+
+
+def modern_contenders(images, labels):
+    """The same of change 4. Replicas share a presentation's time among them."""
+    recipe = modern.make_recipe(4, "strokes")
+    one_hot, fewer = np.eye(10, dtype=np.float32)[labels], len(images) // 15
+
+    def stack(replicas, device="cpu"):
+        stacked = modern.Stack(list(range(SEED, SEED + replicas)), recipe, device)
+        n = min(stacked.at_a_time, len(images) if device == "cuda" else 1 + fewer // replicas)
+        train = functools.partial(stacked.train, images[:n], one_hot[:n], recipe.lr)
+        return 1, replicas * n, with_onednn(False, train)
+
+    def usual():
+        p, n = plain_parameters(), fewer
+        optimizer = torch.optim.AdamW(p, lr=recipe.lr)
+        digits, answers = torch.tensor(images[:n, :, 2:-2, 2:-2].copy()), torch.tensor(labels[:n])
+        return 1, n, with_onednn(True, lambda: plain_modern_pass(p, optimizer, digits, answers))
+
+    single = modern.Single(SEED, recipe, modern.compile_network("c", "cpu", recipe))
+    table = {
+        USUAL: usual(),
+        "PyTorch engine": stack(1),
+        "PyTorch engine, 16 replicas": stack(16),
+        "C engine": (1, len(images), functools.partial(single.train, images, one_hot, recipe.lr)),
+    }
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        table |= {f"PyTorch engine, {n} replicas, {name}": stack(n, "cuda") for n in (1, 16, 256)}
+    return table
+
+
+def plain_parameters():
+    """Tensors to be trained."""
+    return repro.Parameters(*(torch.tensor(a, requires_grad=True) for a in repro.init_parameters(SEED)))
 
 
 def with_onednn(enabled, train):
@@ -120,32 +180,38 @@ def measure(rounds, n, quiet):
     Each trains on `n` digits (PyTorch on a fifteenth); in each round all take their turn.
     """
     images, labels = strokes.draw_digits(n, 1989)
-    entered = contenders(repro.add_border(images), repro.place_code(labels))
-    times, peaks = {name: [] for name in entered}, []
-    for _, _, train in entered.values():
+    images = repro.add_border(images)
+    entered = {
+        "rows": contenders(images, repro.place_code(labels)),
+        "modern_rows": modern_contenders(images, labels),
+    }
+    everyone = [(group, name, *facts) for group, table in entered.items() for name, facts in table.items()]
+    times, peaks = {(group, name): [] for group, name, *_ in everyone}, []
+    for *_, train in everyone:
         train()  # once to warm up
     for _ in tqdm(range(rounds), unit="round", disable=quiet or None):
         peaks.append(measure_peak())
-        for name, (_, presentations, train) in entered.items():
+        for group, name, _, presentations, train in everyone:
             started = time.perf_counter()
             train()
-            times[name].append((time.perf_counter() - started) / presentations)
-    peak, rows = statistics.median(peaks), []
-    for name, (threads, _, _) in entered.items():
-        seconds = statistics.median(times[name])
-        ratios = [usual / own for usual, own in zip(times["PyTorch, the usual loop"], times[name])]
+            times[group, name].append((time.perf_counter() - started) / presentations)
+    peak = statistics.median(peaks)
+    facts = {"rounds": rounds, "operations": operations(), "peak_gflops": peak / 1e9}
+    facts |= {"compiler": build.compiler_version(), "rows": [], "modern_rows": []}
+    for group, name, threads, _, _ in everyone:
+        own = times[group, name]
         row = {
             "name": name,
             "threads": threads,
-            "microseconds": 1e6 * seconds,  # a presentation, of whichever thread
-            "fastest_and_slowest": [1e6 * min(times[name]), 1e6 * max(times[name])],
-            "ratio": statistics.median(ratios),
-            "gflops": operations() / seconds / 1e9,
-            "share_of_peak": operations() / seconds / (threads * peak),
+            "microseconds": 1e6 * statistics.median(own),  # a presentation, of whichever thread or replica
+            "fastest_and_slowest": [1e6 * min(own), 1e6 * max(own)],
+            "ratio": statistics.median(usual / mine for usual, mine in zip(times[group, USUAL], own)),
         }
-        rows.append(row)
-    facts = {"rounds": rounds, "operations": operations(), "peak_gflops": peak / 1e9}
-    return {**facts, "compiler": build.compiler_version(), "rows": rows}
+        if group == "rows":
+            gflops = operations() / row["microseconds"] / 1e3
+            row |= {"gflops": gflops, "share_of_peak": gflops * 1e9 / (threads * peak)}
+        facts[group].append(row)
+    return facts
 
 
 def rows_to_show(bench):
@@ -162,12 +228,6 @@ def rows_to_show(bench):
 def table(bench):
     """The rows as cells, under a head."""
     presentations = utils.reference("lecun1989")["sizes"]["presentations"]
-
-    def three_digits(number):
-        return (
-            f"{number:.{max(0, 2 - math.floor(math.log10(number)))}f}" if number < 100 else f"{number:,.0f}"
-        )
-
     lines = [
         ("", "µs a presentation", "presentations a second", "23 passes", "ratio", "GFLOP/s", "of the peak")
     ]
@@ -187,6 +247,25 @@ def table(bench):
     return lines
 
 
+def modern_table(bench):
+    """The same of change 4."""
+    sizes, passes = utils.reference("lecun1989")["sizes"], modern.make_recipe(4, "mnist").passes
+    lines = [
+        ("all changes of modern.py", "µs a presentation", "presentations a second", "80 passes", "ratio")
+    ]
+    for row in bench["modern_rows"]:
+        seconds = row["microseconds"] * sizes["train_digits"] * passes / 1e6
+        numbers = row["microseconds"], 1e6 / row["microseconds"], seconds, row["ratio"]
+        cells = [three_digits(number) for number in numbers]
+        lines.append((row["name"], *cells[:2], f"{cells[2]} s", cells[3]))
+    return lines
+
+
+def three_digits(number):
+    """At least three of them."""
+    return f"{number:.{max(0, 2 - math.floor(math.log10(number)))}f}" if number < 100 else f"{number:,.0f}"
+
+
 def caption(bench):
     """What the table was measured on."""
     versions = bench["versions"]
@@ -198,14 +277,18 @@ def caption(bench):
 
 def text_table(bench):
     """Lines for a terminal."""
-    lines = ["{:26}{:>18}{:>24}{:>11}{:>9}{:>10}{:>13}".format(*cells) for cells in table(bench)]
+    lines = ["{:28}{:>18}{:>24}{:>11}{:>9}{:>10}{:>13}".format(*cells) for cells in table(bench)]
+    lines += ["", *("{:28}{:>18}{:>24}{:>11}{:>9}".format(*cells) for cells in modern_table(bench))]
     return "\n".join([*lines, caption(bench)])
 
 
 def markdown_table(bench):
     """The README's."""
-    head, *lines = (f"| {' | '.join(cells)} |" for cells in table(bench))
-    return "\n".join([head, "|---" + "|---:" * 6 + "|", *lines, "", caption(bench)])
+    text = []
+    for cells in (table(bench), modern_table(bench)):
+        head, *lines = (f"| {' | '.join(line)} |" for line in cells)
+        text += [head, "|---" + "|---:" * (len(cells[0]) - 1) + "|", *lines, ""]
+    return "\n".join([*text, caption(bench)])
 
 
 def draw(bench, folder):

@@ -2,7 +2,7 @@
 
     python compare.py              # a table: published, ours, where the one falls among the other, a verdict
     python compare.py --diff       # published eval lines as -, ours as +
-    python compare.py --markdown   # writes the table into README.md
+    python compare.py --markdown   # writes the table, and that of modern.py's changes, into README.md
     python compare.py --check      # exit status 1 where a number differs that reference/ expects to agree
 
 A published row is held against every finished run of the same settings, that of the most seeds first. It
@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import modern
 import utils
 
 SOURCES = ("lecun1989", "karpathy2022")
@@ -181,6 +182,30 @@ def markdown_table(rows):
     return "\n".join([*lines, "", f"Published, and no run here yet: {missing}."])
 
 
+def ladder_table(runs):
+    """The README's table of modern.py's changes: test misses on each set of digits, of most seeds."""
+    digits = (
+        {"data": "mnist", "draw": "test-first"},
+        {"data": "mnist", "draw": "train-first"},
+        {"data": "usps"},
+    )
+    head = ("change", "published", *(", ".join(settings.values()) for settings in digits))
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    reference = utils.reference("karpathy2022")
+    for change, (name, key) in enumerate(zip(modern.NAMES, ("repro", *modern.NAMES[1:]))):
+        row = [f"{change} {name}", str(utils.published(reference[key]["test_misses"]))]
+        for settings in digits:
+            wanted = {"run": {"script": "modern", **settings, "change": change}}
+            row.append("-")
+            for run in find_runs(wanted, runs)[:1]:
+                misses = [utils.last_evaluations(log)["test"]["misses"] for log in run.logs.values()]
+                spread = f"{statistics.mean(misses):.1f} ± {statistics.stdev(misses):.1f}"
+                ends = f"{min(misses)} to {max(misses)}"
+                row[-1] = f"[{spread}]({relative(run.path)}), {ends}, n = {len(misses)}"
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
 def diff(rows):
     """Unified diffs of eval lines: as printed, and those of the published seed (else our first)."""
     lines = []
@@ -198,7 +223,7 @@ def diff(rows):
 
 
 def collect(results):
-    """(source, key, row, runs) for each published row of results, and the runs that are held against none."""
+    """(source, key, row, runs) for each published row of results, and all runs."""
     runs = [read_run(path.parent) for path in sorted(Path(results).resolve().glob("*/*/run.json"))]
     runs = [run for run in runs if run is not None]
     rows = []
@@ -206,7 +231,7 @@ def collect(results):
         for key, row in utils.reference(source).items():
             if any(name in row for name in ("train_error", "test_error", "rejected")):
                 rows.append((source, key, row, find_runs(row, runs)))
-    return rows, [run for run in runs if is_procedural(run)]
+    return rows, runs
 
 
 @utils.exit_status
@@ -221,12 +246,13 @@ def main(argv=None):
     if not args.results.is_dir():
         raise utils.BadRequest(f"--results {args.results} is not a folder: run repro.py first, or name one.")
 
-    rows, strokes = collect(args.results)
+    rows, runs = collect(args.results)
     print("\n".join(diff(rows) if args.diff else text_table(rows)))
-    for run in strokes:
+    for run in filter(is_procedural, runs):
         print(f"held against no paper, since its digits are procedural: {relative(run.path)}")
     if args.markdown:
         utils.update_readme(utils.ROOT / "README.md", "compare.py", markdown_table(rows))
+        utils.update_readme(utils.ROOT / "README.md", "compare.py, the changes", ladder_table(runs))
     differing = [
         f"{source}.{key}.{comparison.quantity}"
         for source, key, row, runs in rows

@@ -125,6 +125,31 @@ def ladder(values, names, published, label, title):
     return figure
 
 
+def scaling(panels, published, xlabel, ylabel, share_y=True):
+    """A panel for each data set, on log axes: name -> label -> x -> values, a point each, and their mean.
+
+    `published`: name -> [(x, value), ...], drawn as grey crosses.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(10, 4), sharey=share_y, squeeze=False)
+    for axis, (name, curves) in zip(axes[0], panels.items()):
+        for colour, (label, points) in enumerate(curves.items()):
+            style = {"color": f"C{colour}"}
+            axis.plot(points.keys(), [np.mean(values) for values in points.values()], label=label, **style)
+            for x, values in points.items():
+                axis.plot([x] * len(values), values, "o", markersize=3, alpha=0.6, **style)
+        for x, value in published.get(name, ()):
+            axis.plot(x, value, "x", color="0.4", markersize=8, markeredgewidth=1.5)
+            axis.text(x * 1.15, value, f"published: {value:g}%", color="0.4", va="center", fontsize="small")
+        axis.set(xscale="log", yscale="log", xlabel=xlabel, title=name)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axis.grid(True, which="both")
+    axes[0, 0].set_ylabel(ylabel)
+    for axis in axes[0, : 1 if share_y else None]:
+        axis.legend(fontsize="small")
+    return figure
+
+
 def kernels(kernels, title):
     """The kernels (n, height, width) of a layer, on one scale of grey."""
     limit = np.abs(kernels).max()

@@ -377,6 +377,16 @@ def run_folder(out, run):
         lock.release()
 
 
+def finished(folder):
+    """Does `folder` hold a run that has finished?"""
+    try:
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))["finished"]
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, LookupError, TypeError):
+        raise BadRequest(f"{folder / 'run.json'} is damaged: delete {folder}.") from None
+
+
 def _earlier_run(folder, run):
     """The run.json of an earlier run of this command in `folder`; {} if `folder` is free; else BadRequest."""
     entries = {path.name for path in folder.iterdir()} if folder.exists() else set()

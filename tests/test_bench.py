@@ -28,10 +28,13 @@ def test_everything_is_measured_and_drawn(tmp_path, capsys):
     printed = capsys.readouterr().out
     names = [row["name"] for row in record["rows"]]
     assert names[:2] == ["PyTorch, the usual loop", "PyTorch engine"] and "C engine" in names
-    for row in record["rows"]:
+    names = [row["name"] for row in record["modern_rows"]]
+    assert names[:4] == [*names[:2], "PyTorch engine, 16 replicas", "C engine"]
+    for row in record["rows"] + record["modern_rows"]:
         assert row["name"] in printed and row["microseconds"] > 0 and row["ratio"] > 0
         low, high = row["fastest_and_slowest"]
         assert low <= row["microseconds"] <= high
+    for row in record["rows"]:
         assert row["gflops"] == pytest.approx(record["operations"] / row["microseconds"] / 1e3)
     assert "SUN-4/260" in printed and "3 days" in printed and record["cpu"] in printed
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
