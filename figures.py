@@ -142,7 +142,8 @@ def scaling(panels, published, xlabel, ylabel, share_y=True):
             axis.text(x * 1.15, value, f"published: {value:g}%", color="0.4", va="center", fontsize="small")
         axis.set(xscale="log", yscale="log", xlabel=xlabel, title=name)
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        # Where there is no more than a decade, the ticks between have numbers, too.
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1, 0.5)))
         axis.grid(True, which="both")
     axes[0, 0].set_ylabel(ylabel)
     for axis in axes[0, : 1 if share_y else None]:

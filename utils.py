@@ -49,9 +49,9 @@ def exit_status(main):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a terminal of ASCII gets question marks
         try:
-            main(argv)
+            status = main(argv) or 0  # of a study, that of a run that failed and said why
             sys.stdout.flush()  # a closed pipe or a full disk shows here at the latest
-            return 0
+            return status
         except (BadRequest, RunFailed) as error:
             sentence, status, stop = str(error), error.status, error
         except KeyboardInterrupt as interrupt:

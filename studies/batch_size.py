@@ -16,6 +16,7 @@ import functools
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 import bench
 import modern
+import prepro
 import repro
 import strokes
 import utils
@@ -32,10 +34,11 @@ SEED, SEEDS = 1337, 5
 FOLDER = utils.ROOT / "results" / "batch_size"
 RULES = {"learning rate as it is": 0, "learning rate × √batch": 0.5}  # the batch size's power in it
 ROUNDS, DIGITS = 5, 2048  # of the timing
+SMOKE_ROUNDS, SMOKE_DIGITS = 1, 32
 
 
-def run_folder(size, power):
-    return FOLDER / f"mnist-batch-size{size}{'-scaled' * (power > 0 and size > 1)}"
+def run_folder(out, size, power):
+    return out / f"mnist-batch-size{size}{'-scaled' * (power > 0 and size > 1)}"
 
 
 def train_all(args):
@@ -43,23 +46,23 @@ def train_all(args):
     recipe = modern.make_recipe(4, "mnist")
     for size in SIZES:
         for power in RULES.values():
-            folder, rate = run_folder(size, power), recipe.lr * size**power
+            folder, rate = run_folder(args.out, size, power), recipe.lr * size**power
             if utils.finished(folder):
                 continue
             flags = ["--data", "mnist", "--change", 4, "--batch-size", size, "--seed", SEED, "--seeds", SEEDS]
             flags += ["--lr", rate] if size**power > 1 else []
             flags += ["--data-root", args.data_root] if args.data_root else []
             flags += ["--threads", args.threads, "--out", folder, "--no-figures", "--quiet"]
-            if status := modern.main([*map(str, flags)]):
+            if status := modern.main([*map(str, flags), *["--smoke"] * args.smoke]):
                 return status
     return 0
 
 
-def errors():
+def errors(out):
     """rule -> batch size -> test errors in percent."""
     found = {}
     for rule, power in RULES.items():
-        logs = {size: sorted(run_folder(size, power).glob("seed*.jsonl")) for size in SIZES}
+        logs = {size: sorted(run_folder(out, size, power).glob("seed*.jsonl")) for size in SIZES}
         found[rule] = {
             size: [utils.last_evaluations(utils.read_log(path))["test"]["error"] for path in paths]
             for size, paths in logs.items()
@@ -67,9 +70,9 @@ def errors():
     return found
 
 
-def contenders(size):
-    """name -> a function that trains on the DIGITS in batches."""
-    images, labels = strokes.draw_digits(DIGITS, SEED)
+def contenders(size, n):
+    """name -> a function that trains on n digits in batches."""
+    images, labels = strokes.draw_digits(n, SEED)
     bordered, one_hot = repro.add_border(images), np.eye(10, dtype=np.float32)[labels]
     recipe = modern.make_recipe(4, "strokes", {"batch_size": size})
     network = modern.compile_network("c", "cpu", recipe)
@@ -85,7 +88,7 @@ def contenders(size):
         table[f"{bench.USUAL}{on}"] = bench.with_onednn(True, usual)
 
     def in_parts(replica):
-        for start in range(0, DIGITS, replica.at_a_time):
+        for start in range(0, n, replica.at_a_time):
             part = slice(start, start + replica.at_a_time)
             replica.train(bordered[part], one_hot[part], recipe.lr)
 
@@ -95,51 +98,59 @@ def contenders(size):
     return table
 
 
-def measure(quiet):
+def measure(rounds, n, quiet):
     """name -> batch size -> microseconds a presentation, one for each round."""
     torch.set_num_threads(1)
-    entered = {size: contenders(size) for size in SIZES}
+    entered = {size: contenders(size, n) for size in SIZES}
     times = {name: {size: [] for size in SIZES} for name in entered[1]}
-    for _ in tqdm(range(1 + ROUNDS), unit="round", disable=quiet or None):
+    for _ in tqdm(range(1 + rounds), unit="round", disable=quiet or None):
         for size, table in entered.items():
             for name, train in table.items():
                 started = time.perf_counter()
                 train()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
-                times[name][size].append(1e6 * (time.perf_counter() - started) / DIGITS)
+                times[name][size].append(1e6 * (time.perf_counter() - started) / n)
     return {name: {size: own[1:] for size, own in of.items()} for name, of in times.items()}  # first: warm-up
+
+
+def draw(out, times, cpu):
+    """batch_size.png: errors, and what all presentations take."""
+    import figures
+
+    train_digits = utils.reference("lecun1989")["sizes"]["train_digits"]
+    presentations = modern.make_recipe(4, "mnist").passes * train_digits
+    seconds = {
+        name: {size: [presentations * us / 1e6 for us in own] for size, own in of_sizes.items()}
+        for name, of_sizes in times.items()
+    }
+    title = f"seconds for {presentations:,} presentations\n(one core, {cpu})"
+    panels = {f"test error (%) after as many,\n{SEEDS} seeds": errors(out), title: seconds}
+    figure = figures.scaling(panels, {}, "batch size", "", share_y=False)
+    figures.save(figure, out / "batch_size.png")
 
 
 @utils.exit_status
 def main(argv=None):
     parser = utils.Parser("batch_size", __doc__)
     flag = parser.add_argument
-    flag("--data-root", metavar="DIR", help="where downloads are (default: $DROSOPHILA_DATA, else data/)")
+    flag("--data-root", metavar="DIR", help=prepro.DATA_ROOT_HELP)
     flag("--threads", default=utils.cores(), type=utils.number(int, at_least=1), help="replicas at a time")
+    flag("--smoke", action="store_true", help="2 passes over 500 digits each: does everything run?")
+    flag("--out", default=FOLDER, type=Path, metavar="DIR", help="folder of the runs and the figure")
     flag("--quiet", action="store_true", help="no progress bar of the timing")
     args = parser.parse_args(argv)
     if status := train_all(args):
         return status
-
-    import figures
-
-    times = measure(args.quiet)
-    record = {"rounds": ROUNDS, "digits": DIGITS, "microseconds": times, **utils.environment()}
-    utils.write_whole(FOLDER / "times.json", utils.to_json(record))
-    recipe = modern.make_recipe(4, "mnist")
-    presentations = recipe.passes * utils.reference("lecun1989")["sizes"]["train_digits"]
-    seconds = {
-        name: {size: [presentations * us / 1e6 for us in own] for size, own in of_sizes.items()}
-        for name, of_sizes in times.items()
-    }
-    panels = {f"test error (%), {SEEDS} seeds": errors(), f"seconds, one core, {record['cpu']}": seconds}
-    figure = figures.scaling(panels, {}, "batch size", "", share_y=False)
-    figures.save(figure, FOLDER / "batch_size.png")
+    rounds, n = (SMOKE_ROUNDS, SMOKE_DIGITS) if args.smoke else (ROUNDS, DIGITS)
+    times = measure(rounds, n, args.quiet)
+    record = {"rounds": rounds, "digits": n, "microseconds": times, **utils.environment()}
+    utils.write_whole(args.out / "times.json", utils.to_json(record))
+    draw(args.out, times, record["cpu"])
     for name, of_sizes in times.items():
         medians = (f"{statistics.median(own):,.1f}" for own in of_sizes.values())
         print(f"{name}, microseconds a presentation in batches of {SIZES}: {', '.join(medians)}")
-    print(f"the runs, the times and the figure: {FOLDER}")
+    print(f"the runs, the times and the figure: {args.out}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,13 @@ are not run again, so the study can be stopped and gone on with; more_data.png i
 """
 
 import sys
+from pathlib import Path
 
 import modern
+import prepro
 import utils
+
+FOLDER = utils.ROOT / "results" / "more_data"
 
 SIZES = {
     "mnist": (500, 1000, 2000, 5000, 10_000, 20_000, 50_000),
@@ -23,36 +27,37 @@ SIZES = {
 PASSES, PRESENTATIONS = 100, 10_000_000  # at most
 SEED, SEEDS = 1337, 5
 FEWER_SEEDS = 3  # where a replica takes minutes, beyond 100,000 digits
-FOLDER = utils.ROOT / "results" / "more_data"
 LABELS = {0: "1989", 4: "all changes of modern.py"}
 
 
-def run_folder(data, change, size):
-    return FOLDER / f"{data}-change{change}-train-size{size}"
+def run_folder(out, data, change, size):
+    return out / f"{data}-change{change}-train-size{size}"
 
 
-def curves(data):
-    """change -> size -> test errors in percent, of the runs that have finished."""
-    errors = {change: {} for change in LABELS}
-    for change, of_change in errors.items():
-        for size in SIZES[data]:
-            folder = run_folder(data, change, size)
-            if utils.finished(folder):
-                logs = [utils.read_log(path) for path in sorted(folder.glob("seed*.jsonl"))]
-                of_change[size] = [utils.last_evaluations(log)["test"]["error"] for log in logs]
-    return errors
-
-
-def draw():
-    """more_data.png: a panel for each data set."""
+def draw(out):
+    """more_data.png: a panel for each set of digits, of the runs that have finished."""
     import figures
 
+    panels = {}
+    for data, sizes in SIZES.items():
+        for change, label in LABELS.items():
+            curve = panels.setdefault(data, {}).setdefault(label, {})
+            for size in sizes:
+                folder = run_folder(out, data, change, size)
+                if utils.finished(folder):
+                    logs = [utils.read_log(path) for path in sorted(folder.glob("seed*.jsonl"))]
+                    curve[size] = [utils.last_evaluations(log)["test"]["error"] for log in logs]
     reference = utils.reference("karpathy2022")
-    published = reference["more-data-1989"], reference["more-data-modern"]
-    points = [(50_000, row["test_error"]) for row in published]
-    panels = {data: {LABELS[c]: e for c, e in curves(data).items()} for data in SIZES}
-    figure = figures.scaling(panels, {"mnist": points}, "digits trained on", "test error (%)")
-    figures.save(figure, FOLDER / "more_data.png")
+    published = [(50_000, reference[key]["test_error"]) for key in ("more-data-1989", "more-data-modern")]
+    titles = {
+        "mnist": f"MNIST, {SEEDS} seeds",
+        "strokes": f"strokes, {SEEDS} seeds; {FEWER_SEEDS} beyond 100,000",
+    }
+    panels = {titles[data]: panel for data, panel in panels.items() if any(panel.values())}
+    published = {titles["mnist"]: published}
+    figures.save(
+        figures.scaling(panels, published, "digits trained on", "test error (%)"), out / "more_data.png"
+    )
 
 
 @utils.exit_status
@@ -60,26 +65,26 @@ def main(argv=None):
     parser = utils.Parser("more_data", __doc__)
     flag = parser.add_argument
     flag("--data", default="mnist", choices=tuple(SIZES), help="which digits")
-    flag("--data-root", metavar="DIR", help="where downloads are (default: $DROSOPHILA_DATA, else data/)")
-    flag("--largest", default=1_000_000, type=int, help="train on no more digits than these")
+    flag("--data-root", metavar="DIR", help=prepro.DATA_ROOT_HELP)
+    flag("--largest", default=1_000_000, type=utils.number(int, at_least=500), help="digits to train on")
     flag("--threads", default=utils.cores(), type=utils.number(int, at_least=1), help="replicas at a time")
+    flag("--smoke", action="store_true", help="2 passes over 500 digits each: does everything run?")
+    flag("--out", default=FOLDER, type=Path, metavar="DIR", help="folder of the runs and the figure")
     args = parser.parse_args(argv)
     for size in (size for size in SIZES[args.data] if size <= args.largest):
         seeds = SEEDS if size * PASSES <= PRESENTATIONS else FEWER_SEEDS
-        passes = min(PASSES, PRESENTATIONS // size)
         for change in LABELS:
-            folder = run_folder(args.data, change, size)
+            folder = run_folder(args.out, args.data, change, size)
             if utils.finished(folder):
                 continue
-            flags = ["--data", args.data, "--change", change, "--train-size", size, "--passes", passes]
-            flags += ["--seed", SEED, "--seeds", seeds, "--threads", args.threads, "--out", folder]
+            flags = ["--data", args.data, "--change", change, "--train-size", size]
+            flags += ["--passes", min(PASSES, PRESENTATIONS // size), "--seed", SEED, "--seeds", seeds]
+            flags += ["--threads", args.threads, "--out", folder, "--no-figures", "--quiet"]
             flags += ["--data-root", args.data_root] if args.data_root else []
-            status = modern.main([*map(str, flags), "--no-figures", "--quiet"])
-            if status:
+            if status := modern.main([*map(str, flags), *["--smoke"] * args.smoke]):
                 return status
-        draw()
-    draw()
-    print(f"the runs and the figure: {FOLDER}")
+        draw(args.out)
+    print(f"the runs and the figure: {args.out}")
 
 
 if __name__ == "__main__":
