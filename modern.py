@@ -259,10 +259,10 @@ def compile_network(engine, device, recipe):
 def evaluate(outputs, labels, loss):
     """The loss of outputs (n, 10) over a whole split, and how many digits are missed."""
     misses = int((outputs.argmax(axis=1) != labels).sum())
-    outputs = outputs.astype(np.float64)
     if loss == "mse":
-        return float(np.square(outputs - repro.place_code(labels)).mean()), misses
-    shifted = outputs - outputs.max(axis=1, keepdims=True)
+        return float(np.square(outputs - repro.place_code(labels), dtype=np.float64).mean()), misses
+    with np.errstate(invalid="ignore"):  # of infinite logits; the loss is then no number, which is noticed
+        shifted = outputs.astype(np.float64) - outputs.max(axis=1, keepdims=True)
     log_sums = np.log(np.exp(shifted).sum(axis=1))
     return float((log_sums - shifted[np.arange(len(labels)), labels]).mean()), misses
 
@@ -307,8 +307,8 @@ def train_all(seeds, name, splits, recipe, network, args, folder):
     def together(seeds, progress, stop):
         try:
             return train(seeds, name, splits, recipe, network, args, folder, progress, stop)
-        except RuntimeError as error:
-            if "out of memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:  # CUDA's, PyTorch's on a CPU, NumPy's
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
             raise utils.RunFailed(f"{len(seeds)} replicas do not fit into memory; lower --seeds.") from error
 
@@ -322,7 +322,7 @@ def train_all(seeds, name, splits, recipe, network, args, folder):
 
 
 def run(change, args, decided, digits, splits):
-    """Train the replicas of a change and write their folder: its settings, the logs and the folder."""
+    """Train the replicas of a change and write their folder: the logs, the folder and its settings."""
     data = digits.provenance["data"]
     recipe = make_recipe(change, data, decided)
     usual = make_recipe(change, data)
@@ -346,7 +346,7 @@ def run(change, args, decided, digits, splits):
             draw_figures(folder, name, args.seed, settings, recipe, parameters, logs, outputs, splits)
     if args.seeds > 1:
         print(repro.summary(name, logs))
-    return logs, utils.run_path(out, described)
+    return logs, utils.run_path(out, described), settings
 
 
 def confidences(outputs, loss):
@@ -377,19 +377,18 @@ def draw_figures(folder, name, seed, settings, recipe, parameters, logs, outputs
     figures.save(figures.kernels(parameters.H1w[:, 0], f"{title}: the kernels of H1"), folder / "filters.png")
 
 
-def draw_ladder(path, logs, provenance):
-    """Test misses of all seeds at each change, and the published ones where the digits are those."""
+def draw_ladder(path, logs, settings):
+    """Test misses of all seeds at each change, and the published ones where the settings are those."""
     import figures
 
     misses = [[utils.last_evaluations(log)["test"]["misses"] for log in of_change] for of_change in logs]
     reference, published = utils.reference("karpathy2022"), None
-    if (provenance["data"], provenance.get("draw")) == ("mnist", "test-first"):
-        rows = [reference[key] for key in ("repro", *NAMES[1:])]
-        published = [utils.published(row["test_misses"]) for row in rows]
+    if settings[-1] == {"data": "mnist", "draw": "test-first", "change": len(NAMES) - 1}:
+        published = [utils.published(reference[key]["test_misses"]) for key in ("repro", *NAMES[1:])]
     names = [f"{change}\n{name}" for change, name in enumerate(NAMES)]
-    digits = ", ".join(provenance[key] for key in ("data", "draw") if key in provenance)
+    title = ", ".join(str(value) for key, value in settings[0].items() if key in ("data", "draw"))
     label = f"misses of {logs[0][0][-1]['n']:,} test digits"
-    figures.save(figures.ladder(misses, names, published, label, f"{digits}, {len(misses[0])} seeds"), path)
+    figures.save(figures.ladder(misses, names, published, label, f"{title}, {len(misses[0])} seeds"), path)
 
 
 def parse_flags(argv):
@@ -481,12 +480,14 @@ def main(argv=None):
         "train": (repro.add_border(digits.train_images[:n]), digits.train_labels[:n]),
         "test": (repro.add_border(digits.test_images[:n]), digits.test_labels[:n]),
     }
-    logs, folders = zip(*(run(change, args, own, digits, splits) for change, own in zip(changes, decided)))
+    logs, folders, settings = zip(
+        *(run(change, args, own, digits, splits) for change, own in zip(changes, decided))
+    )
     if args.change == "all" and args.figures:
         folder = folders[-1].with_name(folders[-1].name.replace("change4", "ladder"))
         folder = Path(args.out) if args.out else folder
         folder.mkdir(parents=True, exist_ok=True)
-        draw_ladder(folder / "ladder.png", logs, digits.provenance)
+        draw_ladder(folder / "ladder.png", logs, settings)
         folders = *folders, folder
     if not args.quiet:
         print("logs, weights and figures:", *folders, sep="\n  ")
