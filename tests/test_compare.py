@@ -237,13 +237,18 @@ def test_the_table_goes_between_its_markers(tmp_path):
 # What is committed
 
 
-def committed():
-    """The rows, with the runs that git knows of; a user's own are not in the README."""
+def committed_folders():
+    """Of the runs that git knows of; a user's own are not in the README."""
     listing = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True)
     folders = {(ROOT / line).parent for line in listing.stdout.splitlines() if line.endswith("/run.json")}
     if not folders:
         pytest.skip("this is not a git checkout")
-    rows, _ = compare.collect(ROOT / "results")
+    return folders
+
+
+def committed():
+    """The rows, with the committed runs."""
+    folders, (rows, _) = committed_folders(), compare.collect(ROOT / "results")
     return [(*row, [run for run in runs if run.path in folders]) for *row, runs in rows]
 
 
@@ -257,6 +262,49 @@ def test_the_readme_has_the_table_of_the_results():
     begin, end = utils.readme_markers("compare.py")
     table = readme.split(begin)[1].split(end)[0].strip()
     assert table == compare.markdown_table(rows), "the README is stale: run python compare.py --markdown"
+
+
+def test_the_readme_has_the_table_of_the_changes():
+    folders, (_, runs) = committed_folders(), compare.collect(ROOT / "results")
+    begin, end = utils.readme_markers("compare.py, the changes")
+    table = (ROOT / "README.md").read_text().split(begin)[1].split(end)[0].strip()
+    ours = compare.ladder_table([run for run in runs if run.path in folders])
+    assert table == ours, "the README is stale: run python compare.py --markdown"
+    assert len(table.splitlines()) == 7 and "| - |" not in table
+
+
+def test_the_ladder_shows_the_runs_of_most_seeds():
+    def run(name, change, misses, **settings):
+        logs = {
+            s: [{"split": split, "misses": m} for split in ("train", "test")] for s, m in enumerate(misses)
+        }
+        return compare.Run(ROOT / name, "modern", {"data": "usps", "change": change, **settings}, logs)
+
+    runs = [
+        run("few", 4, [50, 60]),
+        run("many", 4, [50, 60, 70]),
+        run("long", 4, [1] * 9, passes=100),
+        run("none", 3, [80, 90]),
+    ]
+    last, before = compare.ladder_table(runs).splitlines()[:-3:-1]
+    assert last == "| 4 dropout | 32 | - | - | [60.0 ± 10.0](many), 50 to 70, n = 3 |"
+    assert before == "| 3 shift | 44 | - | - | [85.0 ± 7.1](none), 80 to 90, n = 2 |"
+
+
+def test_every_published_change_is_between_our_seeds():
+    runs, rows = committed_runs(), utils.reference("karpathy2022")
+    for key in ("softmax", "adamw", "shift", "dropout", "more-data-1989", "more-data-modern"):
+        logs = runs[f"karpathy2022.{key}"].logs.values()
+        misses = [utils.last_evaluations(log)["test"]["misses"] for log in logs]
+        assert len(misses) >= 20
+        assert min(misses) <= utils.published(rows[key]["test_misses"]) <= max(misses), key
+
+
+def test_the_lines_that_modern_promises_are_those_it_printed():
+    import modern
+
+    for evaluation in committed_runs()["karpathy2022.dropout"].logs[1337][-2:]:
+        assert utils.eval_line(**evaluation) in modern.__doc__
 
 
 def test_every_number_of_the_1989_network_has_its_seeds():
