@@ -157,8 +157,10 @@ class Stack:
         n, recipe = len(images), self.recipe
         numbers = self.presentations + torch.arange(n, device=self.device)
         self.images[:n], self.targets[:n] = self.tensor(images).flatten(1), self.tensor(targets)
-        self.moves[:, :n] = chance.draw_moves(self.seeds, numbers, recipe.shift_pixels)
-        self.kept[:, :n] = chance.draw_kept(self.seeds, numbers, recipe.dropout)
+        if recipe.shift != "none":
+            self.moves[:, :n] = chance.draw_moves(self.seeds, numbers, recipe.shift_pixels)
+        if recipe.dropout:
+            self.kept[:, :n] = chance.draw_kept(self.seeds, numbers, recipe.dropout)
         sizes = [min(recipe.batch_size, n - first) for first in range(0, n, recipe.batch_size)]
         steps = self.steps + 1 + np.arange(len(sizes))
         unbiased1, unbiased2 = 1 - recipe.beta1**steps, 1 - recipe.beta2**steps
@@ -170,7 +172,7 @@ class Stack:
         self.presentations += n
         self.steps += len(sizes)
         if self.device == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # once for all these steps, so that the bar and the times are true
 
     def step(self, n):
         """Present the next n digits and step once. All stays on the device, so that nobody has to wait."""
@@ -271,10 +273,12 @@ def train(seeds, name, splits, recipe, network, args, folder, progress, stop):
     """Train a replica for each seed, pass by pass: parameters, logs, and the first replica's test outputs."""
     if stop.is_set():
         return None
-    replicas = Single(*seeds, recipe, network) if network else Stack(seeds, recipe, args.device)
     images, labels = splits["train"]
+    recipe = recipe._replace(batch_size=min(recipe.batch_size, len(labels)))  # no room for what never comes
+    replicas = Single(*seeds, recipe, network) if network else Stack(seeds, recipe, args.device)
     targets = repro.place_code(labels) if recipe.loss == "mse" else np.eye(10, dtype=np.float32)[labels]
     logs, train_seconds = [[] for _ in seeds], 0.0
+    reported = 1 + len(seeds) // 16  # passes: to write hundreds of logs may take longer than to train
     for number in range(1, recipe.passes + 1):
         lr = decayed_lr(recipe, number)
         for start in range(0, len(images), replicas.at_a_time):  # for the bar and for Ctrl-C, too
@@ -293,8 +297,9 @@ def train(seeds, name, splits, recipe, network, args, folder, progress, stop):
                 loss, misses = evaluate(outputs, digits[1], recipe.loss)
                 facts = loss, misses, len(digits[1]), number * len(labels), train_seconds
                 log.append(utils.evaluation(seed, number, split, *facts))
-        for seed, log in zip(seeds, logs):
-            utils.report_pass(log, folder, name, seed, args.quiet)
+        if number % reported == 0 or number == recipe.passes:
+            for seed, log in zip(seeds, logs):
+                utils.report_pass(log, folder, name, seed, args.quiet)
     parameters = replicas.parameters()
     for seed, own in zip(seeds, parameters):
         utils.write_whole(folder / f"weights-seed{seed}.npz", utils.npz_bytes(**own._asdict()))
@@ -307,10 +312,17 @@ def train_all(seeds, name, splits, recipe, network, args, folder):
     def together(seeds, progress, stop):
         try:
             return train(seeds, name, splits, recipe, network, args, folder, progress, stop)
-        except (RuntimeError, MemoryError) as error:  # CUDA's, PyTorch's on a CPU, NumPy's
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            words = (
+                "out of memory",
+                "allocate memory",
+            )  # CUDA's, and PyTorch's on a CPU; NumPy has its own error
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
                 raise
-            raise utils.RunFailed(f"{len(seeds)} replicas do not fit into memory; lower --seeds.") from error
+            count = f"{len(seeds)} replicas with batches of {recipe.batch_size}"
+            raise utils.RunFailed(
+                f"{count} do not fit into memory; lower --seeds or --batch-size."
+            ) from error
 
     jobs = [[seed] for seed in seeds] if network else [seeds]
     total = len(seeds) * recipe.passes * len(splits["train"][1])
@@ -326,7 +338,7 @@ def run(change, args, decided, digits, splits):
     data = digits.provenance["data"]
     recipe = make_recipe(change, data, decided)
     usual = make_recipe(change, data)
-    deciding = {key: value for key, value in recipe._asdict().items() if value != getattr(usual, key)}
+    deciding = {key: value for key, value in decided.items() if value != getattr(usual, key)}
     settings = {key: value for key, value in digits.provenance.items() if key in ("data", "draw")}
     name = ", ".join([*settings.values(), f"change {change} ({NAMES[change]})"])
     settings |= {"change": change}
@@ -383,10 +395,12 @@ def draw_ladder(path, logs, settings):
 
     misses = [[utils.last_evaluations(log)["test"]["misses"] for log in of_change] for of_change in logs]
     reference, published = utils.reference("karpathy2022"), None
-    if settings[-1] == {"data": "mnist", "draw": "test-first", "change": len(NAMES) - 1}:
+    usual = [{"data": "mnist", "draw": "test-first", "change": change} for change in range(len(NAMES))]
+    if list(settings) == usual:
         published = [utils.published(reference[key]["test_misses"]) for key in ("repro", *NAMES[1:])]
     names = [f"{change}\n{name}" for change, name in enumerate(NAMES)]
-    title = ", ".join(str(value) for key, value in settings[0].items() if key in ("data", "draw"))
+    common = {key: value for key, value in settings[-1].items() if key != "change"}
+    title = ", ".join(value if key in ("data", "draw") else f"{key} {value}" for key, value in common.items())
     label = f"misses of {logs[0][0][-1]['n']:,} test digits"
     figures.save(figures.ladder(misses, names, published, label, f"{title}, {len(misses[0])} seeds"), path)
 
@@ -416,7 +430,7 @@ def parse_flags(argv):
     flag("--lr", type=rate, help="learning rate, of the first pass")
     flag(
         "--final-lr",
-        type=rate,
+        type=number(float, at_least=0, at_most=1e38),
         help="of the last pass; in between it falls linearly (default: in proportion)",
     )
     flag("--batch-size", type=count, help="digits to a step (1)")
@@ -452,6 +466,7 @@ def parse_flags(argv):
     flag("--figures", default=True, action=argparse.BooleanOptionalAction, help="draw them")
     flag("--quiet", action="store_true", help="print only errors and the summary")
     args = parser.parse_args(argv)
+    utils.check_seeds(args)
     given = {key: getattr(args, key) for key in Recipe._fields if getattr(args, key) is not None}
     return args, given
 
@@ -474,6 +489,10 @@ def main(argv=None):
     if ignored := set.intersection(*unused):
         flag = "--" + min(ignored).replace("_", "-")
         raise utils.BadRequest(f"{flag} changes nothing where there is no AdamW or no shift: leave it out.")
+    if args.change == "all" and args.out and Path(args.out).is_dir():
+        ours = {*(f"change{change}" for change in changes), "ladder.png"}
+        if {path.name for path in Path(args.out).iterdir()} - ours:
+            raise utils.BadRequest(f"{args.out} is not empty and holds no ladder: give another --out.")
     digits = repro.load_digits(args, args.train_size)
     n = 500 if args.smoke else None
     splits = {

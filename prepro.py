@@ -72,7 +72,7 @@ class Digits(NamedTuple):
 
 
 def load(name, draw=None, data_root=None, train_size=TRAIN_SIZE):
-    """The digit set `name` (mnist, usps or strokes; `draw` for mnist), built into data/ the first time.
+    """The digit set `name` (mnist, usps or strokes; `draw` for mnist); mnist and usps are kept in data/.
 
     Only the first `train_size` digits to train on; those to test on are always the same. A set that was
     built before is taken only if it was built from what `data_root` holds now. Raises utils.BadRequest where

@@ -292,6 +292,7 @@ def parse_flags(argv):
     flag("--figures", default=True, action=argparse.BooleanOptionalAction, help="draw them")
     flag("--quiet", action="store_true", help="print only errors and the summary")
     args = parser.parse_args(argv)
+    utils.check_seeds(args)
     deciding = {name: getattr(args, name) for name in ("passes", "lr", "smoke")}
     settings = {name: value for name, value in deciding.items() if value != parser.get_default(name)}
     args.passes = min(args.passes, 2) if args.smoke else args.passes

@@ -133,6 +133,12 @@ def require_device(name):
         raise BadRequest(f"--device {name}: PyTorch finds no such device on this machine; use --device cpu.")
 
 
+def check_seeds(args):
+    """BadRequest where the last of the replicas' seeds would be none."""
+    if args.seed + args.seeds > 2**32:
+        raise BadRequest(f"--seed {args.seed} and --seeds {args.seeds} go beyond the last seed, {2**32 - 1}.")
+
+
 def cores():
     """How many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -377,10 +383,11 @@ def run_folder(out, run):
         lock.release()
 
 
-def finished(folder):
-    """Does `folder` hold a run that has finished?"""
+def finished(folder, smoke=False):
+    """Does `folder` hold a run that has finished, and is it, or is it not, a smoke test?"""
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))["finished"]
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return run["finished"] and run["settings"].get("smoke", False) == smoke
     except FileNotFoundError:
         return False
     except (OSError, ValueError, LookupError, TypeError):

@@ -465,7 +465,8 @@ static uint64_t random_word(const struct state *s, int word) {
 
 static void shift(const struct state *s, const float *image, float *moved) {
     const int reach = s->shift_pixels, moves = 2 * reach + 1;
-    const int move = (random_word(s, 0) >> 32) * moves * moves >> 32, dy = move / moves - reach, dx = move % moves - reach;
+    const int move = (random_word(s, 0) >> 32) * moves * moves >> 32;
+    const int dy = move / moves - reach, dx = move % moves - reach;
     for (int y = 0; y < 16; y++)
         for (int x = 0; x < 16; x++) {
             const int fromy = y - dy, fromx = x - dx;
@@ -533,8 +534,9 @@ static void lay_border(struct activations *a) {
 int lanes(void) { return LANES; }
 
 // Present n images (20, 20), borders on, in order, and step after each, or (BATCH) after each `batch` of them
-// and after what is left. SGD_RATES: extra1 are the rates; ADAMW: extra1 and extra2 are the moments. Returns 1 if a parameter is no longer finite, else 0. All it needs lies on
-// the stack, 200 kB at most: threads of 128 kB, musl's, are too small for it.
+// and after what is left. SGD_RATES: extra1 are the rates; ADAMW: extra1 and extra2 are the moments. Returns 1
+// if a parameter is no longer finite, else 0. All it needs lies on the stack, 200 kB at most: threads of 128 kB,
+// musl's, are too small for it.
 int train_pass(float *const parameters[8], float *const extra1[8], float *const extra2[8], const float *images,
                const float *targets, int64_t n, int64_t batch, struct state *s) {
     struct learner l = {.lr = s->lr};

@@ -47,7 +47,7 @@ def train_all(args):
     for size in SIZES:
         for power in RULES.values():
             folder, rate = run_folder(args.out, size, power), recipe.lr * size**power
-            if utils.finished(folder):
+            if utils.finished(folder, args.smoke):
                 continue
             flags = ["--data", "mnist", "--change", 4, "--batch-size", size, "--seed", SEED, "--seeds", SEEDS]
             flags += ["--lr", rate] if size**power > 1 else []
@@ -137,9 +137,15 @@ def main(argv=None):
     flag("--data-root", metavar="DIR", help=prepro.DATA_ROOT_HELP)
     flag("--threads", default=utils.cores(), type=utils.number(int, at_least=1), help="replicas at a time")
     flag("--smoke", action="store_true", help="2 passes over 500 digits each: does everything run?")
-    flag("--out", default=FOLDER, type=Path, metavar="DIR", help="folder of the runs and the figure")
+    flag(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the runs and the figure (default: results/batch_size)",
+    )
     flag("--quiet", action="store_true", help="no progress bar of the timing")
     args = parser.parse_args(argv)
+    args.out = args.out or FOLDER.with_name("batch_size" + "-smoke" * args.smoke)
     if status := train_all(args):
         return status
     rounds, n = (SMOKE_ROUNDS, SMOKE_DIGITS) if args.smoke else (ROUNDS, DIGITS)

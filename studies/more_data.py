@@ -34,7 +34,7 @@ def run_folder(out, data, change, size):
     return out / f"{data}-change{change}-train-size{size}"
 
 
-def draw(out):
+def draw(out, smoke):
     """more_data.png: a panel for each set of digits, of the runs that have finished."""
     import figures
 
@@ -44,14 +44,14 @@ def draw(out):
             curve = panels.setdefault(data, {}).setdefault(label, {})
             for size in sizes:
                 folder = run_folder(out, data, change, size)
-                if utils.finished(folder):
+                if utils.finished(folder, smoke):
                     logs = [utils.read_log(path) for path in sorted(folder.glob("seed*.jsonl"))]
                     curve[size] = [utils.last_evaluations(log)["test"]["error"] for log in logs]
     reference = utils.reference("karpathy2022")
     published = [(50_000, reference[key]["test_error"]) for key in ("more-data-1989", "more-data-modern")]
     titles = {
         "mnist": f"MNIST, {SEEDS} seeds",
-        "strokes": f"strokes, {SEEDS} seeds; {FEWER_SEEDS} beyond 50,000",
+        "strokes": f"strokes, {SEEDS} seeds; beyond 50,000, {FEWER_SEEDS}, and fewer passes",
     }
     panels = {titles[data]: panel for data, panel in panels.items() if any(panel.values())}
     published = {titles["mnist"]: published}
@@ -69,13 +69,19 @@ def main(argv=None):
     flag("--largest", default=1_000_000, type=utils.number(int, at_least=500), help="digits to train on")
     flag("--threads", default=utils.cores(), type=utils.number(int, at_least=1), help="replicas at a time")
     flag("--smoke", action="store_true", help="2 passes over 500 digits each: does everything run?")
-    flag("--out", default=FOLDER, type=Path, metavar="DIR", help="folder of the runs and the figure")
+    flag(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the runs and the figure (default: results/more_data)",
+    )
     args = parser.parse_args(argv)
+    args.out = args.out or FOLDER.with_name("more_data" + "-smoke" * args.smoke)
     for size in (size for size in SIZES[args.data] if size <= args.largest):
         seeds = SEEDS if size * PASSES <= PRESENTATIONS else FEWER_SEEDS
         for change in LABELS:
             folder = run_folder(args.out, args.data, change, size)
-            if utils.finished(folder):
+            if utils.finished(folder, args.smoke):
                 continue
             flags = ["--data", args.data, "--change", change, "--train-size", size]
             flags += ["--passes", min(PASSES, PRESENTATIONS // size), "--seed", SEED, "--seeds", seeds]
@@ -83,7 +89,7 @@ def main(argv=None):
             flags += ["--data-root", args.data_root] if args.data_root else []
             if status := modern.main([*map(str, flags), *["--smoke"] * args.smoke]):
                 return status
-        draw(args.out)
+        draw(args.out, args.smoke)
     print(f"the runs and the figure: {args.out}")
 
 

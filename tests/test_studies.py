@@ -63,7 +63,19 @@ def test_batches_are_trained_timed_and_drawn(mnist_root, tmp_path, monkeypatch):
 
 def test_a_run_has_finished_or_not(tmp_path):
     assert not utils.finished(tmp_path)
-    (tmp_path / "run.json").write_text('{"finished": false}')
+    (tmp_path / "run.json").write_text('{"finished": false, "settings": {}}')
     assert not utils.finished(tmp_path)
-    (tmp_path / "run.json").write_text('{"finished": true}')
-    assert utils.finished(tmp_path)
+    (tmp_path / "run.json").write_text('{"finished": true, "settings": {}}')
+    assert utils.finished(tmp_path) and not utils.finished(tmp_path, smoke=True)
+    (tmp_path / "run.json").write_text('{"finished": true, "settings": {"smoke": true}}')
+    assert utils.finished(tmp_path, smoke=True) and not utils.finished(tmp_path)
+
+
+@pytest.mark.parametrize("study", [batch_size, more_data])
+def test_a_smoke_test_is_no_result(study, tmp_path, monkeypatch):
+    """It goes to a folder of its own, and where it was told to go, no study takes it for a result."""
+    asked = []
+    monkeypatch.setattr(modern, "main", lambda flags: asked.append(flags) or 2)
+    assert study.main(["--smoke"]) == 2 and study.main([]) == 2
+    smoke, real = (flags[flags.index("--out") + 1] for flags in asked)
+    assert f"{study.FOLDER}-smoke/" in smoke and f"{study.FOLDER}/" in real
