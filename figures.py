@@ -45,9 +45,11 @@ def learning_curves(logs, title, published=None, loss="mean squared error"):
                 axis.text(1.01, value, label, transform=transform, va="center", color="0.4", fontsize="small")
     axes[0].set(xlabel="passes", ylabel=loss, yscale="log", title=title)
     axes[1].set(xlabel="passes", ylabel="error (%)")
-    # Down to one miss the axis is logarithmic, and from there to none, linear.
-    axes[1].set_yscale("symlog", linthresh=100 / max(e["n"] for e in logs[0]), linscale=0.3)
-    axes[1].set_ylim(bottom=0) if min(e["error"] for log in logs for e in log) == 0 else None
+    if any(e["error"] == 0 for log in logs for e in log):  # logarithmic down to one miss, from there linear
+        axes[1].set_yscale("symlog", linthresh=100 / max(e["n"] for e in logs[0]), linscale=0.3)
+        axes[1].set_ylim(bottom=0)
+    else:
+        axes[1].set_yscale("log")
     axes[1].yaxis.set_major_formatter("{x:g}")
     replicas = f"mean and min-max, {len(logs)} seeds" if len(logs) > 1 else "1 seed"
     axes[0].legend(title=replicas, fontsize="small")
