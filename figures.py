@@ -41,8 +41,9 @@ def learning_curves(logs, title, published=None, loss="mean squared error"):
             if value is not None:
                 axis.axhline(value, color="0.5", linestyle="--", linewidth=1)
                 label = f"{published['title'].split(':')[0]},\n{split}"
+                place = "bottom" if split == "test" else "top"  # that of test is the higher, and may be near
                 transform = axis.get_yaxis_transform()  # x as a fraction of the axis, y in data units
-                axis.text(1.01, value, label, transform=transform, va="center", color="0.4", fontsize="small")
+                axis.text(1.01, value, label, transform=transform, va=place, color="0.4", fontsize="small")
     axes[0].set(xlabel="passes", ylabel=loss, yscale="log", title=title)
     axes[1].set(xlabel="passes", ylabel="error (%)")
     if any(e["error"] == 0 for log in logs for e in log):  # logarithmic down to one miss, from there linear
@@ -51,6 +52,7 @@ def learning_curves(logs, title, published=None, loss="mean squared error"):
     else:
         axes[1].set_yscale("log")
     axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.5)))
     replicas = f"mean and min-max, {len(logs)} seeds" if len(logs) > 1 else "1 seed"
     axes[0].legend(title=replicas, fontsize="small")
     for axis in axes:
