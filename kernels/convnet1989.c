@@ -9,6 +9,8 @@
 //               does, or PAD, moving the background in
 //   DROPOUT     0  |  1: of H2's outputs, while training
 //   BATCH       0: a step after each digit  |  1: after each batch of them, down their mean gradient
+//   SCHEME      BLOCKS: which maps of H1 a map of H2 reads, as below  |  ANY: 8 of the 12, as handed over
+//   CURVATURE   0  |  1: not to train, but to measure how the loss curves, for rates
 //
 // The layout for SIMD. Every map of H2 reads 8 maps of H1, so 8 channels of a pixel lie side by side, and a
 // convolution is a sum of (8 channels) * (8 weights), of *octets*. A vector holds one octet (AVX2, NEON) or
@@ -16,7 +18,12 @@
 // pass has to sum within octets, and sum8 does that for eight at once.
 // A pixel of H1 has 16 channels: its maps 0-11 and then 0-3 again. So the three groups of 8 maps that H2
 // reads, 0-7, 4-11 and 8-11 with 0-3, are channels 0-7, 4-11 and 8-15, and nothing is ever gathered. The
-// four copies cost a third more of H1's arithmetic and stay equal to their originals, bit for bit.
+// four copies cost a third more of H1's arithmetic and stay equal to their originals, bit for bit. Where the
+// scheme is another one, every map of H2 has the 8 channels that it reads gathered, after H1 is computed.
+//
+// CURVATURE. The diagonal of the Gauss-Newton matrix (LeCun et al. 1998, appendix C: the second derivatives,
+// without the terms of f'') is propagated back as gradients are, with weights, inputs and slopes squared: that
+// is all that `power` is for.
 //
 // Every sum is taken in an order that does not depend on the vectors' width, and no product could be fused
 // into either of two sums. So all compilers and machines with fused multiply-add should give the same bits.
@@ -34,6 +41,8 @@
 #define NONE 0
 #define ROLL 1
 #define PAD 2
+#define BLOCKS 0
+#define ANY 1
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -70,9 +79,13 @@ struct activations {
     float kept[H2];   // h2 * scale
     float h3[H3];
     float out[OUT];
+#if SCHEME == ANY
+    int32_t reads[GROUPS][MAPS * 8];                           // channels, in the order of H2w
+    float fields[GROUPS][BORDERED * BORDERED][MAPS * 8];  // h1 in these channels
+#endif
 } ALIGNED;
 
-#define STORES_GRADIENT (OPTIMIZER != SGD || BATCH)
+#define STORES_GRADIENT (OPTIMIZER == ADAMW || BATCH || CURVATURE)
 
 struct learner {
     struct network net;
@@ -125,6 +138,9 @@ INLINE vec twice(const float *p) { return (vec)_mm512_broadcast_f64x4(_mm256_loa
 INLINE octet fold(vec v) {
     return (octet)_mm512_castpd512_pd256((__m512d)v) + (octet)_mm512_extractf64x4_pd((__m512d)v, 1);
 }
+INLINE vec permute(const float *p, const int32_t *lanes) {
+    return (vec)_mm512_permutexvar_ps(_mm512_loadu_si512(lanes), (__m512)load(p));
+}
 // In each octet, lanes of a (0-7) and of b (8-15).
 #define LANE(i, octet) ((i) + ((i) < 8 ? 0 : 8) + 8 * (octet))
 #define OCTET(i, j, k, l, m, n, o, p, q) \
@@ -133,6 +149,11 @@ INLINE octet fold(vec v) {
 #else
 INLINE vec twice(const float *p) { return load(p); }  // 8 channels, as often as a vector has octets
 INLINE octet fold(vec v) { return v; }                // the sum of a vector's octets
+INLINE vec permute(const float *p, const int32_t *lanes) {
+    vec picked;
+    UNROLL for (int i = 0; i < LANES; i++) picked[i] = p[lanes[i]];
+    return picked;
+}
 #define PICK SHUFFLE
 #endif
 
@@ -154,6 +175,8 @@ INLINE vec sum8(const vec v[8]) {
 
 // The map of its group that octet o of vector v belongs to. In this order sum8 yields a row of H2b.
 INLINE int map_of(int v, int o) { return OCTETS == 2 ? v + 2 * o : v; }
+
+INLINE vec power(vec x) { return CURVATURE ? x * x : x; }
 
 // Activation functions, and their slopes where the value is y
 
@@ -214,7 +237,27 @@ static void forward_H1(const struct network *net, const float *image, float (*h1
         }
 }
 
-static void forward_H2(const struct network *net, float (*h1)[CHANNELS], float *h2) {
+#if SCHEME == ANY
+static void gather_fields(struct activations *a) {
+    for (int g = 0; g < GROUPS; g++)
+        for (int y = 2; y < 10; y++)
+            for (int x = 2; x < 10; x++)
+                UNROLL for (int i = 0; i < MAPS * 8; i += LANES)
+                    store(&a->fields[g][pixel(y, x)][i], permute(a->h1[pixel(y, x)], &a->reads[g][i]));
+}
+#endif
+
+// What the maps of group g in vector v read there.
+INLINE vec field(const struct activations *a, int g, int v, int pixel) {
+#if SCHEME == ANY
+    return load(&a->fields[g][pixel][v * LANES]);
+#else
+    (void)v;
+    return twice(&a->h1[pixel][4 * g]);
+#endif
+}
+
+static void forward_H2(const struct network *net, const struct activations *a, float *h2) {
     for (int g = 0; g < GROUPS; g++)
         for (int y = 0; y < 4; y++)
             for (int v = 0; v < VECTORS; v += 2) {
@@ -223,9 +266,9 @@ static void forward_H2(const struct network *net, float (*h1)[CHANNELS], float *
                     UNROLL for (int kx = 0; kx < 5; kx++) {
                         const float *w = &net->H2w[g][5 * ky + kx][v * LANES];
                         UNROLL for (int x = 0; x < 4; x++) {
-                            vec field = twice(&h1[pixel(2 * y + ky, 2 * x + kx)][4 * g]);
-                            sum[x] += load(w) * field;
-                            sum[4 + x] += load(w + LANES) * field;
+                            int read = pixel(2 * y + ky, 2 * x + kx);
+                            sum[x] += load(w) * field(a, g, v, read);
+                            sum[4 + x] += load(w + LANES) * field(a, g, v + 1, read);
                         }
                     }
                 int row = 4 * g + y;
@@ -247,7 +290,10 @@ INLINE void forward_dense(int inputs, int outputs, const float *w, const float *
 // The outputs (CROSS_ENTROPY: logits) for an image (20, 20) that has its border on.
 INLINE void forward(const struct network *net, const float *image, struct activations *a, int training) {
     forward_H1(net, image, a->h1);
-    forward_H2(net, a->h1, a->h2);
+#if SCHEME == ANY
+    gather_fields(a);
+#endif
+    forward_H2(net, a, a->h2);
     float *h2 = a->h2;
     if (DROPOUT && training) {
         for (int j = 0; j < H2; j++) a->kept[j] = a->h2[j] * a->scale[j];
@@ -266,7 +312,10 @@ INLINE void forward(const struct network *net, const float *image, struct activa
 INLINE void learn(struct learner *l, float *weight, vec gradient) {
 #if STORES_GRADIENT
     float *kept = (float *)&l->gradient + (weight - (float *)&l->net);
-    store(kept, BATCH ? load(kept) + gradient : gradient);
+    store(kept, BATCH || CURVATURE ? load(kept) + gradient : gradient);
+#elif OPTIMIZER == SGD_RATES
+    const float *rate = (float *)&l->rate + (weight - (float *)&l->net);
+    store(weight, load(weight) - load(rate) * gradient);
 #else
     store(weight, load(weight) - l->lr * gradient);
 #endif
@@ -277,7 +326,7 @@ static void output_error(const float *out, const float *target, float *d) {
     for (int j = 0; j < 10; j++) t[j] = target[j];
 #if LOSS == MSE
     for (int j = 0; j < OUT; j += LANES)
-        store(d + j, 2.0f / 10 * (load(out + j) - load(t + j)) * squash_slope(load(out + j)));
+        store(d + j, 2.0f / 10 * (CURVATURE ? all(1) : load(out + j) - load(t + j)) * power(squash_slope(load(out + j))));
 #else
     float highest = out[0], sum = 0, e[OUT] ALIGNED;
     for (int j = 1; j < 10; j++) highest = out[j] > highest ? out[j] : highest;
@@ -296,10 +345,10 @@ INLINE void backward_dense(int inputs, int outputs, struct learner *l, float *w,
             vec part[8];
             UNROLL for (int i = 0; i < 8; i++) {
                 float *row = w + (k + i) * outputs + j;
-                part[i] = load(row) * load(d + j);
-                if (outputs == 32) part[i] += load(row + 16) * load(d + j + 16);
+                part[i] = power(load(row)) * load(d + j);
+                if (outputs == 32) part[i] += power(load(row + 16)) * load(d + j + 16);
                 UNROLL for (int far = 0; far < outputs; far += 16)
-                    learn(l, row + far, load(d + j + far) * x[k + i]);
+                    learn(l, row + far, load(d + j + far) * power(all(x[k + i])));
             }
             sum = j == 0 ? fold(sum8(part)) : sum + fold(sum8(part));
         }
@@ -328,38 +377,55 @@ static void spread_errors(const float *d2, struct spread *s) {
 }
 
 // Errors of H1 from those of H2, a row of pixels at a time; nothing is passed to the border.
-static void backward_H2(const struct network *net, const struct spread *s, float (*h1)[CHANNELS],
+static void backward_H2(const struct network *net, const struct spread *s, const struct activations *a,
                         float (*d1)[CHANNELS]) {
     for (int y = 0; y < 8; y++) {
+#if SCHEME == ANY
+        for (int x = 0; x < 8; x++)
+            for (int c = 0; c < CHANNELS; c++) d1[8 * y + x][c] = 0;
+#else
         octet sum[GROUPS][8];
+#endif
         for (int g = 0; g < GROUPS; g++)
             for (int v = 0; v < VECTORS; v += 2) {
-                vec part[8] = {0};
+                vec part[8][2] = {{{0}}};  // of v and v + 1; BLOCKS: of both in one
                 for (int from = 0; from < 4; from++) {  // the rows of H2 that read this one, with their row ky
                     int ky = y + 2 - 2 * from;
                     if (ky < 0 || ky > 4) continue;
-                    UNROLL for (int i = v; i < v + 2; i++)
+                    UNROLL for (int i = 0; i < 2; i++)
                         UNROLL for (int kx = 0; kx < 5; kx++) {
-                            vec w = load(&net->H2w[g][5 * ky + kx][i * LANES]);
+                            vec w = power(load(&net->H2w[g][5 * ky + kx][(v + i) * LANES]));
                             UNROLL for (int x = 0; x < 4; x++) {
                                 int to = 2 * x + kx - 2;
-                                if (to >= 0 && to < 8) part[to] += w * s->d[g][from][x][i];
+                                if (to >= 0 && to < 8)
+                                    part[to][SCHEME == ANY ? i : 0] += w * s->d[g][from][x][v + i];
                             }
                         }
                 }
-                UNROLL for (int x = 0; x < 8; x++) sum[g][x] = v == 0 ? fold(part[x]) : sum[g][x] + fold(part[x]);
+#if SCHEME == ANY
+                for (int x = 0; x < 8; x++)
+                    for (int lane = 0; lane < 2 * LANES; lane++)
+                        d1[8 * y + x][a->reads[g][v * LANES + lane]] += part[x][lane / LANES][lane % LANES];
+#else
+                UNROLL for (int x = 0; x < 8; x++)
+                    sum[g][x] = v == 0 ? fold(part[x][0]) : sum[g][x] + fold(part[x][0]);
+#endif
             }
-        UNROLL for (int x = 0; x < 8; x++) {  // four maps in two groups each: add them, in all 16 channels
-            octet both[2];
-            both[0] = sum[0][x] + SHUFFLE_OCTETS(sum[2][x], sum[1][x], 4, 5, 6, 7, 8, 9, 10, 11);
-            both[1] = sum[2][x] + SHUFFLE_OCTETS(sum[1][x], sum[0][x], 4, 5, 6, 7, 8, 9, 10, 11);
+        UNROLL for (int x = 0; x < 8; x++) {  // BLOCKS: four maps in two groups each: add them, in all 16 channels
+            float *d = d1[8 * y + x];
+#if SCHEME == ANY
+            for (int c = 12; c < CHANNELS; c++) d[c] = d[c - 12];
+#else
+            ((unaligned_octet *)d)[0] = sum[0][x] + SHUFFLE_OCTETS(sum[2][x], sum[1][x], 4, 5, 6, 7, 8, 9, 10, 11);
+            ((unaligned_octet *)d)[1] = sum[2][x] + SHUFFLE_OCTETS(sum[1][x], sum[0][x], 4, 5, 6, 7, 8, 9, 10, 11);
+#endif
             for (int c = 0; c < CHANNELS; c += LANES)
-                store(&d1[8 * y + x][c], load((float *)both + c) * slope(load(&h1[pixel(y + 2, x + 2)][c])));
+                store(d + c, load(d + c) * power(slope(load(&a->h1[pixel(y + 2, x + 2)][c]))));
         }
     }
 }
 
-static void learn_H2(struct learner *l, const struct spread *s, float (*h1)[CHANNELS]) {
+static void learn_H2(struct learner *l, const struct spread *s, const struct activations *a) {
     for (int g = 0; g < GROUPS; g++)
         for (int v = 0; v < VECTORS; v += 2)
             for (int ky = 0; ky < 5; ky++) {
@@ -367,9 +433,9 @@ static void learn_H2(struct learner *l, const struct spread *s, float (*h1)[CHAN
                 for (int y = 0; y < 4; y++)
                     UNROLL for (int x = 0; x < 4; x++)
                         UNROLL for (int kx = 0; kx < 5; kx++) {
-                            vec field = twice(&h1[pixel(2 * y + ky, 2 * x + kx)][4 * g]);
-                            sum[kx][0] += field * s->d[g][y][x][v];
-                            sum[kx][1] += field * s->d[g][y][x][v + 1];
+                            int read = pixel(2 * y + ky, 2 * x + kx);
+                            sum[kx][0] += power(field(a, g, v, read)) * s->d[g][y][x][v];
+                            sum[kx][1] += power(field(a, g, v + 1, read)) * s->d[g][y][x][v + 1];
                         }
                 UNROLL for (int kx = 0; kx < 5; kx++)
                     UNROLL for (int i = 0; i < 2; i++)
@@ -384,7 +450,8 @@ static void learn_H1(struct learner *l, float (*d1)[CHANNELS], const float *imag
             for (int y = 0; y < 8; y++)
                 UNROLL for (int x = 0; x < 8; x++) {
                     const float *field = image + 20 * (2 * y + ky) + 2 * x;
-                    UNROLL for (int kx = 0; kx < 5; kx++) sum[kx] += load(&d1[8 * y + x][c]) * field[kx];
+                    UNROLL for (int kx = 0; kx < 5; kx++)
+                        sum[kx] += load(&d1[8 * y + x][c]) * (CURVATURE ? field[kx] * field[kx] : field[kx]);
                 }
             UNROLL for (int kx = 0; kx < 5; kx++) learn(l, &l->net.H1w[5 * ky + kx][c], sum[kx]);
         }
@@ -398,20 +465,20 @@ static void backward(struct learner *l, const float *image, struct activations *
 
     backward_dense(H3, OUT, l, l->net.outw[0], a->h3, d, d3);
     for (int j = 0; j < H3; j += LANES) {
-        store(d3 + j, load(d3 + j) * slope(load(a->h3 + j)));
+        store(d3 + j, load(d3 + j) * power(slope(load(a->h3 + j))));
         learn(l, l->net.H3b + j, load(d3 + j));
     }
 
     backward_dense(H2, H3, l, l->net.H3w[0], DROPOUT ? a->kept : a->h2, d3, d2);
     for (int j = 0; j < H2; j += LANES) {
         vec passed = DROPOUT ? load(d2 + j) * load(a->scale + j) : load(d2 + j);
-        store(d2 + j, passed * slope(load(a->h2 + j)));
+        store(d2 + j, passed * power(slope(load(a->h2 + j))));
         learn(l, l->net.H2b[0] + j, load(d2 + j));
     }
 
     spread_errors(d2, &s);
-    backward_H2(&l->net, &s, a->h1, d1);
-    learn_H2(l, &s, a->h1);
+    backward_H2(&l->net, &s, a, d1);
+    learn_H2(l, &s, a);
     for (int p = 0; p < PIXELS; p++)
         for (int c = 0; c < CHANNELS; c += LANES) learn(l, &l->net.H1b[p][c], load(&d1[p][c]));
     learn_H1(l, d1, image);
@@ -509,7 +576,7 @@ static void exchange(struct network *net, float *const plain[8], int unpack) {
                 for (int tap = 0; tap < TAPS; tap++) {
                     int v = OCTETS == 2 ? m % 2 : m, o = OCTETS == 2 ? m / 2 : 0;  // as map_of has it
                     // Group 2 reads maps 8-11 and 0-3 in our channels, and 0-3 and 8-11 in PyTorch's.
-                    int map = 8 * (4 * g + m) + (g == 2 ? (c + 4) % 8 : c);
+                    int map = 8 * (4 * g + m) + (SCHEME == BLOCKS && g == 2 ? (c + 4) % 8 : c);
                     copy(&net->H2w[g][tap][v * LANES + 8 * o + c], plain[2] + map * TAPS + tap, unpack);
                 }
     for (int j = 0; j < H2; j++) {
@@ -523,9 +590,18 @@ static void exchange(struct network *net, float *const plain[8], int unpack) {
     for (int j = 0; j < 10; j++) copy(net->outb + j, plain[7] + j, unpack);
 }
 
-static void lay_border(struct activations *a) {
+// ANY: reads (12, 8) are maps of H1.
+static void lay_border(struct activations *a, const int32_t *reads) {
     for (int i = 0; i < BORDERED * BORDERED; i++)
         for (int c = 0; c < CHANNELS; c++) a->h1[i][c] = -1;
+#if SCHEME == ANY
+    float *fields = a->fields[0][0];
+    for (int i = 0; i < GROUPS * BORDERED * BORDERED * MAPS * 8; i++) fields[i] = -1;
+    for (int g = 0; g < GROUPS; g++)
+        for (int i = 0; i < MAPS * 8; i++)
+            a->reads[g][i] = reads[8 * (4 * g + map_of(i / LANES, i % LANES / 8)) + i % 8];
+#endif
+    (void)reads;
 }
 
 // Exported. parameters: pointers to H1w, H1b, H2w, H2b, H3w, H3b, outw, outb, as repro.py has them.
@@ -538,10 +614,10 @@ int lanes(void) { return LANES; }
 // if a parameter is no longer finite, else 0. All it needs lies on the stack, 200 kB at most: threads of 128 kB,
 // musl's, are too small for it.
 int train_pass(float *const parameters[8], float *const extra1[8], float *const extra2[8], const float *images,
-               const float *targets, int64_t n, int64_t batch, struct state *s) {
+               const float *targets, int64_t n, int64_t batch, const int32_t *reads, struct state *s) {
     struct learner l = {.lr = s->lr};
     struct activations a;
-    lay_border(&a);
+    lay_border(&a, reads);
     exchange(&l.net, parameters, 0);
 #if OPTIMIZER == SGD_RATES
     exchange(&l.rate, extra1, 0);
@@ -579,13 +655,32 @@ int train_pass(float *const parameters[8], float *const extra1[8], float *const 
 }
 
 // The outputs (n, 10) for n images (20, 20).
-void compute_outputs(float *const parameters[8], const float *images, int64_t n, float *outputs) {
+void compute_outputs(float *const parameters[8], const float *images, int64_t n, const int32_t *reads, float *outputs) {
     struct network net = {0};
     struct activations a;
-    lay_border(&a);
+    lay_border(&a, reads);
     exchange(&net, parameters, 0);
     for (int64_t i = 0; i < n; i++) {
         forward(&net, images + 400 * i, &a, 0);
         for (int j = 0; j < 10; j++) outputs[10 * i + j] = a.out[j];
     }
 }
+
+#if CURVATURE
+#if LOSS != MSE
+#error "The Gauss-Newton diagonal is of the mean squared error."
+#endif
+// The diagonal for n images (20, 20), summed over them and over the connections that share a weight.
+void measure_curvature(float *const parameters[8], const float *images, int64_t n, const int32_t *reads,
+                       float *const diagonal[8]) {
+    struct learner l = {0};
+    struct activations a;
+    lay_border(&a, reads);
+    exchange(&l.net, parameters, 0);
+    for (int64_t i = 0; i < n; i++) {
+        forward(&l.net, images + 400 * i, &a, 0);
+        backward(&l, images + 400 * i, &a, a.out);
+    }
+    exchange(&l.gradient, diagonal, 1);
+}
+#endif

@@ -1,6 +1,7 @@
 """The C engine of the 1989 network: convnet1989.c behind checks of all that is handed to it."""
 
 import ctypes
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +58,10 @@ class State(ctypes.Structure):
 class Convnet1989:
     """One variant of the network, compiled: build.Unavailable where that cannot be done.
 
-    Parameters are eight arrays in the order and the shapes of `SHAPES`; images (n, 1, 20, 20) have their
-    border on. All arrays are float32 and contiguous, or a ValueError says which is not.
+    `reads` (12, 8) are the maps of H1 that each map of H2 reads, in the order of its weights; without it, the
+    three blocks of repro.py, which are faster. Parameters are eight arrays in the order and the shapes of
+    `SHAPES`; images (n, 1, 20, 20) have their border on. All arrays are float32 and contiguous, or a
+    ValueError says which is not.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Convnet1989:
         shift="none",
         dropout=False,
         batch_size=1,
+        reads=None,
         target=None,
     ):
         chosen = {"loss": loss, "activation": activation, "optimizer": optimizer, "shift": shift}
@@ -78,17 +82,23 @@ class Convnet1989:
         if not (isinstance(batch_size, int) and batch_size >= 1):
             raise ValueError(f"batch_size {batch_size!r} is not a whole number of at least 1")
         defines = {name.upper(): value.upper() for name, value in chosen.items()}
+        if reads is not None:
+            reads = np.ascontiguousarray(reads, np.int32)
+            if reads.shape != (12, 8) or not ((reads >= 0) & (reads < 12)).all():
+                raise ValueError(f"reads: {reads.tolist()} are not 8 of the maps 0 to 11 for each of 12")
         defines |= {"DROPOUT": int(dropout), "BATCH": int(batch_size > 1)}
+        defines |= {"SCHEME": "BLOCKS" if reads is None else "ANY", "CURVATURE": 0}
         library = build.library(SOURCE, defines, target)
+        self._defines, self._target, self._reads = defines, target, reads
         self.lanes = library.lanes()  # floats in a vector: 16 with AVX-512, else 8
         self._optimizer, self._batch_size = optimizer, batch_size
         self._needs_state = optimizer == "adamw" or shift != "none" or dropout
         pointers, address, integer = ctypes.c_void_p * 8, ctypes.c_void_p, ctypes.c_int64
         self._train_pass, self._compute_outputs = library.train_pass, library.compute_outputs
         self._train_pass.argtypes = [
-            pointers, pointers, pointers, address, address, integer, integer, ctypes.POINTER(State)
+            pointers, pointers, pointers, address, address, integer, integer, address, ctypes.POINTER(State)
         ]  # fmt: skip
-        self._compute_outputs.argtypes = [pointers, address, integer, address]
+        self._compute_outputs.argtypes = [pointers, address, integer, address, address]
         self._compute_outputs.restype = None
 
     def train_pass(self, parameters, images, targets, lr=0.0, *, rates=None, moments=None, state=None):
@@ -118,6 +128,7 @@ class Convnet1989:
             _check(targets, (n, 10), "targets").ctypes.data,
             n,
             self._batch_size,
+            self._address_of_reads(),
             ctypes.byref(state),
         )
         if not_finite:
@@ -129,8 +140,35 @@ class Convnet1989:
         parameters = _eight(parameters, "parameters")
         outputs = np.empty((n, 10), np.float32)
         address = _check(images, (n, 1, 20, 20), "images").ctypes.data
-        self._compute_outputs(_addresses(parameters), address, n, outputs.ctypes.data)
+        self._compute_outputs(
+            _addresses(parameters), address, n, self._address_of_reads(), outputs.ctypes.data
+        )
         return outputs
+
+    def measure_curvature(self, parameters, images):
+        """The diagonal of the mean squared error's Gauss-Newton matrix over n images: eight arrays.
+
+        Connections that share a weight are added, without the terms between them (LeCun et al. 1998,
+        appendix C).
+        """
+        n = len(images)
+        parameters = _eight(parameters, "parameters")
+        diagonal = [np.empty(shape, np.float32) for shape in SHAPES.values()]
+        address = _check(images, (n, 1, 20, 20), "images").ctypes.data
+        self._curvature_function(
+            _addresses(parameters), address, n, self._address_of_reads(), _addresses(diagonal)
+        )
+        return [array / n for array in diagonal]
+
+    @functools.cached_property
+    def _curvature_function(self):
+        library = build.library(SOURCE, {**self._defines, "CURVATURE": 1}, self._target)
+        function, pointers, address = library.measure_curvature, ctypes.c_void_p * 8, ctypes.c_void_p
+        function.argtypes, function.restype = [pointers, address, ctypes.c_int64, address, pointers], None
+        return function
+
+    def _address_of_reads(self):
+        return None if self._reads is None else self._reads.ctypes.data
 
 
 def _addresses(arrays):
