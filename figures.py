@@ -155,6 +155,60 @@ def scaling(panels, published, xlabel, ylabel, share_y=True):
     return figure
 
 
+def rejection(curves, title, published=None):
+    """Error among the digits accepted against the share rejected, in percent, a curve for each replica."""
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for rejected, errors in curves:
+        axis.plot(rejected, errors, color="C0", linewidth=1, alpha=max(0.1, 1 / len(curves) ** 0.5))
+    if published:
+        axis.plot(published["rejected"], 1, "x", color="0.4", markersize=8, markeredgewidth=1.5)
+        label = f"  {published['title'].split(',')[0]}: {published['rejected']}% for 1%"
+        axis.text(published["rejected"], 1, label, color="0.4", va="bottom", fontsize="small")
+    seeds = f"{len(curves)} seed{'s' * (len(curves) > 1)}"
+    axis.set(xlabel="rejected (%): the two highest outputs are close", ylabel="error of the accepted (%)")
+    axis.set(xlim=(0, 30), ylim=(0, None), title=f"{title}, test, {seeds}")
+    axis.grid(True)
+    return figure
+
+
+def rates(names, of_passes, title):
+    """Learning rates of weights and of biases over passes, median and 5 to 95% of each layer's."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharex=True, sharey=True)
+    passes = np.arange(1, len(of_passes) + 1)
+    for number, name in enumerate(names):
+        axis, colour = axes[number % 2], f"C{number // 2}"
+        spread = np.array([np.quantile(rates[number], (0.05, 0.5, 0.95)) for rates in of_passes]).T
+        axis.fill_between(passes, spread[0], spread[2], color=colour, alpha=0.2, linewidth=0)
+        axis.plot(passes, spread[1], color=colour, label=name)
+    for axis, what in zip(axes, ("weights", "biases")):
+        axis.set(xlabel="passes", yscale="log", title=f"{title}: rates of {what}, median and 5 to 95%")
+        axis.legend(fontsize="small")
+        axis.grid(True)
+    axes[0].set_ylabel("learning rate")
+    return figure
+
+
+def clouds(clouds, published, title):
+    """The four numbers of 1989: train loss against train misses and test loss against test misses.
+
+    `clouds`: name -> (n, 4), a point for each replica; `published` (4,) is the grey cross.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5))
+    for axis, split, first in zip(axes, ("train", "test"), (0, 2)):
+        for number, (name, points) in enumerate(clouds.items()):
+            style = {"color": f"C{number}", "alpha": 0.5, "markersize": 3}
+            axis.plot(points[:, first], points[:, first + 1], "o", label=name, **style)
+        axis.plot(*published[first : first + 2], "+", color="0.1", markersize=16, label="published")
+        axis.set(xlabel=f"{split} loss", ylabel=f"{split} misses", xscale="log", yscale="log")
+        for which in (axis.xaxis, axis.yaxis):
+            which.set_major_formatter("{x:g}")
+            which.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1, 0.5)))
+        axis.grid(True, which="both")
+    axes[0].set_title(title)
+    axes[0].legend(fontsize="small")
+    return figure
+
+
 def kernels(kernels, title):
     """The kernels (n, height, width) of a layer, on one scale of grey."""
     limit = np.abs(kernels).max()

@@ -307,7 +307,11 @@ def run_path(out, run):
     if out is not None:
         return Path(out).resolve()
     words = [
-        str(value) if key in ("data", "draw") else key if value is True else f"{key.replace('_', '-')}{value}"
+        str(value)
+        if key in ("data", "draw", "as")
+        else key
+        if value is True
+        else f"{key.replace('_', '-')}{value}"
         for key, value in run["settings"].items()
     ]
     words += [run["device"]] if run["device"] != "cpu" else []
