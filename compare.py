@@ -76,14 +76,22 @@ def find_runs(row, runs):
     return sorted(alike, key=lambda run: (-len(run.logs), run.path.name))
 
 
+def readings(row):
+    """The row once for each of its `runs`, with what is particular to these: the `run`, what `differs`, and
+    which `squared_error`, mean or half, the published loss is taken to be."""
+    return [row | own for own in row.get("runs", [{}])]
+
+
 def compare(row, run):
     """A Comparison for every number that the row and the run have; of error and misses, misses are enough."""
     comparisons = []
     for split in ("train", "test"):
         last = [utils.last_evaluations(log)[split] for log in run.logs.values()]
-        for name in ("loss", "misses" if f"{split}_misses" in row else "error"):
-            quantity = f"{split}_{name}"
-            if quantity in row:
+        quantities = {f"{split}_loss": "half_loss" if row.get("squared_error") == "half" else "loss"}
+        counted = "misses" if f"{split}_misses" in row else "error"
+        quantities |= {f"{split}_{counted}": counted} | ({"rejected": "rejected"} if split == "test" else {})
+        for quantity, name in quantities.items():
+            if quantity in row and all(name in evaluation for evaluation in last):
                 published = utils.published(row[quantity])
                 ours = [evaluation[name] for evaluation in last]
                 expected = quantity in row.get("differs", {}).get("numbers", [])
@@ -122,8 +130,13 @@ def show(quantity, value):
         return "-"
     if isinstance(value, int):
         return str(value)
-    forms = {"loss": f"{value:.2e}", "error": f"{value:.2f}%", "misses": f"{value:.1f}"}
-    return forms[quantity.split("_")[1]]
+    forms = {
+        "loss": f"{value:.2e}",
+        "error": f"{value:.2f}%",
+        "misses": f"{value:.1f}",
+        "rejected": f"{value:.1f}%",
+    }
+    return forms[quantity.split("_")[-1]]
 
 
 def cells(comparison):
@@ -152,10 +165,9 @@ def relative(path):
 
 def text_table(rows):
     """Lines for a terminal: a block for each published row, then those without a run."""
-    lines, missing = [], []
+    lines = []
     for source, key, row, runs in rows:
         if not runs:
-            missing.append(f"  {source}.{key}: {row['title']}")
             continue
         lines.append(f"{row['title']} ({source}.{key})")
         for run in runs:
@@ -164,7 +176,14 @@ def text_table(rows):
                 lines.append("  {:13}{:>10}  {:23}{:24}{:25}{}".format(*line).replace("**", "").rstrip())
         lines += [f"  expected to differ: {row['differs']['why']}"] if "differs" in row else []
         lines.append("")
+    missing = [f"  {name}: {title}" for name, title in without_runs(rows).items()]
     return lines + (["published, and no run here yet:", *missing] if missing else [])
+
+
+def without_runs(rows):
+    """name -> title of the rows that are held against no run in any of their readings."""
+    held = {(source, key) for source, key, _, runs in rows if runs}
+    return {f"{source}.{key}": row["title"] for source, key, row, _ in rows if (source, key) not in held}
 
 
 def markdown_table(rows):
@@ -178,7 +197,7 @@ def markdown_table(rows):
             for comparison in compare(row, run):
                 lines.append(f"| {name} | {link} | {' | '.join(cells(comparison))} |")
                 name = link = ""
-    missing = "; ".join(row["title"] for _, _, row, runs in rows if not runs)
+    missing = "; ".join(without_runs(rows).values())
     return "\n".join([*lines, "", f"Published, and no run here yet: {missing}."])
 
 
@@ -209,7 +228,9 @@ def ladder_table(runs):
 def diff(rows):
     """Unified diffs of eval lines: as printed, and those of the published seed (else our first)."""
     lines = []
-    for source, key, row, run in [(*row, run) for *row, runs in rows for run in runs]:
+    for source, key, row, run in [
+        (*row, run) for *row, runs in rows for run in runs if "test_loss" in row[2]
+    ]:
         seed = 1337 if 1337 in run.logs else min(run.logs)
         printed, ours = [], []
         for split, evaluation in utils.last_evaluations(run.logs[seed]).items():
@@ -230,7 +251,9 @@ def collect(results):
     for source in SOURCES:
         for key, row in utils.reference(source).items():
             if any(name in row for name in ("train_error", "test_error", "rejected")):
-                rows.append((source, key, row, find_runs(row, runs)))
+                for own in readings(row):
+                    held = [run for run in find_runs(own, runs) if compare(own, run)]
+                    rows.append((source, key, own, held))
     return rows, runs
 
 

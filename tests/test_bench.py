@@ -26,7 +26,7 @@ def test_everything_is_measured_and_drawn(tmp_path, capsys):
     assert bench.main(["--smoke", "--quiet", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "bench.json").read_text())
     printed = capsys.readouterr().out
-    names = [row["name"] for row in record["rows"]]
+    names_of_1989 = names = [row["name"] for row in record["rows"]]
     assert names[:2] == ["PyTorch, the usual loop", "PyTorch engine"] and "C engine" in names
     names = [row["name"] for row in record["modern_rows"]]
     assert names[:4] == [*names[:2], "PyTorch engine, 16 replicas", "C engine"]
@@ -34,7 +34,16 @@ def test_everything_is_measured_and_drawn(tmp_path, capsys):
         assert row["name"] in printed and row["microseconds"] > 0 and row["ratio"] > 0
         low, high = row["fastest_and_slowest"]
         assert low <= row["microseconds"] <= high
+    assert set(record["digits_recognised_a_second"]) == {
+        "end to end",
+        "normalised",
+        "normalised, many at once",
+    }
+    assert all(number > 0 for number in record["digits_recognised_a_second"].values())
+    assert "10-12" in printed and "over 30" in printed and "C engine, SDLM" in names_of_1989
     for row in record["rows"]:
+        if row["name"] == "C engine, SDLM":
+            continue
         assert row["gflops"] == pytest.approx(record["operations"] / row["microseconds"] / 1e3)
     assert "SUN-4/260" in printed and "3 days" in printed and record["cpu"] in printed
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

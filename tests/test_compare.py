@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 from conftest import ROOT, one_sentence
 
@@ -234,6 +235,37 @@ def test_the_table_goes_between_its_markers(tmp_path):
     assert path.read_text() == "no markers\n"
 
 
+def test_a_row_is_read_in_several_ways(tmp_path):
+    """One published row beside runs of two settings, each with its own convention and expectations."""
+    row = {"title": "LeCun", "train_loss": 2e-3, "train_misses": 10, "test_loss": 2e-2, "test_misses": 100}
+    row |= {"rejected": 12.0, "train_error": 0.1, "test_error": 5.0}
+    karpathy = {"run": {"script": "repro", "data": "usps"}, "differs": {"numbers": ["test_loss"], "why": "?"}}
+    recovered = {"run": {"script": "repro", "data": "usps", "as": "recovered"}, "squared_error": "half"}
+    first, second = compare.readings(row | {"runs": [karpathy, recovered]})
+    assert "differs" in first and "differs" not in second and compare.readings(row) == [row]
+
+    def run(**settings):
+        logs = {}
+        for seed in range(5):
+            e = {"loss": 4e-2 + 1e-4 * seed, "half_loss": 2e-2 + 1e-4 * seed, "misses": 98 + seed, "n": 2007}
+            test = e | {"split": "test", "rejected": 11.5 + seed / 4}
+            logs[seed] = [{**e, "split": "train", "half_loss": 2e-3, "misses": 8 + seed}, test]
+        return compare.Run(tmp_path, "repro", settings, logs)
+
+    runs = [run(data="usps"), run(data="usps", **{"as": "recovered"})]
+    assert compare.find_runs(first, runs) == runs[:1] and compare.find_runs(second, runs) == runs[1:]
+    verdicts = {c.quantity: c.verdict for c in compare.compare(first, runs[0])}
+    assert verdicts["test_loss"] == compare.EXPLAINED and verdicts["rejected"] == compare.AGREES
+    verdicts = {c.quantity: c.verdict for c in compare.compare(second, runs[1])}
+    assert verdicts["test_loss"] == compare.AGREES
+    logs = {seed: [{**e, "rejected": None} for e in log] for seed, log in runs[0].logs.items()}
+    for log in logs.values():
+        for evaluation in log:
+            del evaluation["rejected"]  # as in logs of before
+    older = compare.Run(tmp_path, "repro", {"data": "usps"}, logs)
+    assert "rejected" not in {c.quantity for c in compare.compare(first, older)}
+
+
 # What is committed
 
 
@@ -253,7 +285,8 @@ def committed():
 
 
 def committed_runs():
-    return {f"{source}.{key}": runs[0] for source, key, _, runs in committed() if runs}
+    """By row; of a row with several readings, those of the first."""
+    return {f"{source}.{key}": runs[0] for source, key, _, runs in reversed(committed()) if runs}
 
 
 def test_the_readme_has_the_table_of_the_results():
@@ -314,6 +347,21 @@ def test_every_number_of_the_1989_network_has_its_seeds():
         for log in runs[key].logs.values():
             assert len(log) == 2 * 23 and log[-1]["presentations"] == 167693
             assert (log[-2]["n"], log[-1]["n"]) == (7291, 2007)
+
+
+def test_the_recovered_setting_gives_the_numbers_of_1989():
+    """Each published number lies in the central 95% of a hundred seeds that the search had not seen; so do
+    the rejections, which it did not look at."""
+    run = committed_runs()["lecun1989.result"]
+    assert run.settings == {"data": "usps", "as": "recovered"} and sorted(run.logs) == list(range(1000, 1100))
+    rows = utils.reference("lecun1989")
+    last = [utils.last_evaluations(log) for log in run.logs.values()]
+    for split in ("train", "test"):
+        for quantity in ("loss", "misses"):
+            low, high = np.quantile([each[split][quantity] for each in last], (0.025, 0.975))
+            assert low <= rows["result"][f"{split}_{quantity}"] <= high
+    low, high = np.quantile([each["test"]["rejected"] for each in last], (0.025, 0.975))
+    assert low <= rows["rejection"]["rejected"] <= high
 
 
 def test_the_lines_that_repro_promises_are_those_it_printed():
