@@ -404,8 +404,10 @@ static void backward_H2(const struct network *net, const struct spread *s, const
                 }
 #if SCHEME == ANY
                 for (int x = 0; x < 8; x++)
-                    for (int lane = 0; lane < 2 * LANES; lane++)
-                        d1[8 * y + x][a->reads[g][v * LANES + lane]] += part[x][lane / LANES][lane % LANES];
+                    for (int o = 0; o < OCTETS; o++)  // so that maps take their turn
+                        for (int i = 0; i < 2; i++)
+                            for (int c = 8 * o; c < 8 * o + 8; c++)
+                                d1[8 * y + x][a->reads[g][(v + i) * LANES + c]] += part[x][i][c];
 #else
                 UNROLL for (int x = 0; x < 8; x++)
                     sum[g][x] = v == 0 ? fold(part[x][0]) : sum[g][x] + fold(part[x][0]);

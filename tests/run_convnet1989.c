@@ -15,6 +15,8 @@ static void *get(size_t bytes) {
 }
 
 int main(void) {
+    int32_t reads[96];  // SCHEME ANY: round-robin
+    for (int i = 0; i < 96; i++) reads[i] = (i / 8 + i % 8) % 12;
     int64_t *n = get(sizeof *n);
     struct state *s = get(sizeof *s);
     float *sets[3][8];
@@ -22,8 +24,8 @@ int main(void) {
         for (int i = 0; i < 8; i++) sets[set][i] = get(sizes[i] * sizeof(float));
     float *images = get(*n * 400 * sizeof(float)), *targets = get(*n * 10 * sizeof(float));
     float *outputs = malloc(*n * 10 * sizeof(float));
-    if (train_pass(sets[0], sets[1], sets[2], images, targets, *n, BATCH ? 7 : 1, 0, s)) return 4;
-    compute_outputs(sets[0], images, *n, 0, outputs);
+    if (train_pass(sets[0], sets[1], sets[2], images, targets, *n, BATCH ? 7 : 1, reads, s)) return 4;
+    compute_outputs(sets[0], images, *n, reads, outputs);
     for (int set = 0; set < 3; set++)
         for (int i = 0; i < 8; i++) fwrite(sets[set][i], sizeof(float), sizes[i], stdout), free(sets[set][i]);
     fwrite(outputs, sizeof(float), *n * 10, stdout);

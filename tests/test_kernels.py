@@ -116,8 +116,8 @@ def test_a_broken_kernel_is_noticed(tmp_path, monkeypatch):
     for right, wrong in (
         ("1.0f - y * y", "1.0001f - y * y"),
         ("int to = 2 * x + kx - 2;", "int to = 2 * x + kx - 1;"),
-        ("both[0] = sum[0][x] +", "both[0] = sum[0][x] -"),
-        ("sum[kx][1] += field *", "sum[kx][1] -= field *"),
+        ("[0] = sum[0][x] +", "[0] = sum[0][x] -"),
+        ("sum[kx][1] += power(field(", "sum[kx][1] -= power(field("),
         ("{4 * g + y) * 16 + x".replace("{", "("), "(4 * g + y) * 16 + 3 - x"),
         ("(c + 4) % 8 : c", "c : c"),
     ):
@@ -146,8 +146,8 @@ def test_a_thousand_presentations_stay_with_both_precisions_of_the_torch_engine(
     ours, single, exact = (some_parameters(3) for _ in range(3))
     exact = repro.Parameters(*(array.astype(float) for array in exact))
     Convnet1989().train_pass(ours, images, targets, lr=0.03)
-    repro.train_pass(single, images, targets, lr=0.03)
-    repro.train_pass(exact, images.astype(float), targets.astype(float), lr=0.03)
+    repro.train_pass(single, images, targets, 0.03)
+    repro.train_pass(exact, images.astype(float), targets.astype(float), 0.03)
     for a, b, c in zip(ours, single, exact):
         assert abs(a - b).max() < 1e-4 and abs(a - c).max() < 1e-4  # measured: 6e-7, 2e-6
 
@@ -196,6 +196,30 @@ def test_each_parameter_has_its_own_rate():
     for a, b in zip(ours, reference):
         np.testing.assert_allclose(a, b.detach().numpy(), atol=1e-5)  # measured: 1e-6
     assert all(np.array_equal(a, b) for a, b in zip(rates, before))
+
+
+@pytest.mark.parametrize("target", [None, AVX2] if ON_X86 else [None])
+def test_curvature_is_the_same_in_narrower_vectors_and_threads(target):
+    """Against the recursion it is tested in test_repro.py."""
+    parameters, (images, _) = some_parameters(7), digits(20)
+    wide, network = Convnet1989(), Convnet1989(target=target)
+    ours, expected = network.measure_curvature(parameters, images), wide.measure_curvature(parameters, images)
+    assert all(np.array_equal(a, b) for a, b in zip(ours, expected))
+    with ThreadPoolExecutor(4) as pool:
+        for again in pool.map(lambda _: network.measure_curvature(parameters, images), range(8)):
+            assert all(np.array_equal(a, b) for a, b in zip(ours, again))
+    one = [network.measure_curvature(parameters, images[[i]]) for i in range(20)]
+    for number, own in enumerate(ours):
+        np.testing.assert_allclose(own, np.mean([each[number] for each in one], axis=0), rtol=1e-4)
+
+
+def test_maps_that_there_are_not():
+    good = [list(range(8))] * 12
+    for wrong in (good[:11], [[*range(7), 12]] * 12, [[-1, *range(7)]] * 12, [list(range(7))] * 12):
+        with pytest.raises(ValueError, match="reads"):
+            Convnet1989(reads=wrong)
+    with pytest.raises(ValueError, match="images: float64"):
+        Convnet1989().measure_curvature(some_parameters(), digits(2)[0].astype(float))
 
 
 @pytest.mark.parametrize("optimizer", VARIANTS["optimizer"])
@@ -353,7 +377,7 @@ def probe(tmp_path_factory):
         "SHIFT": "NONE",
         "DROPOUT": 0,
     }
-    defines["BATCH"] = 0
+    defines |= {"BATCH": 0, "SCHEME": "BLOCKS", "CURVATURE": 0}
     library = build.library(source, defines)
 
     def call(name, x):
@@ -403,7 +427,9 @@ def test_again_and_in_threads_the_same_bytes():
         assert list(pool.map(lambda seed: trained(network, seed=seed), range(8))) == alone
 
 
-def with_program(command, program, runner, loss, activation, optimizer, shift, dropout, batch_size, n=40):
+def with_program(
+    command, program, runner, loss, activation, optimizer, shift, dropout, batch_size, reads=None, n=40
+):
     """What the kernel does as a program of its own, made by `command`, and what it does here."""
     images, targets = digits(n, loss)
     parameters = list(some_parameters(2))
@@ -419,13 +445,15 @@ def with_program(command, program, runner, loss, activation, optimizer, shift, d
         "SHIFT": shift.upper(),
         "DROPOUT": dropout,
         "BATCH": int(batch_size > 1),
+        "SCHEME": "BLOCKS" if reads is None else "ANY",
+        "CURVATURE": 0,
     }
     defines = [f"-D{name}={str(value).upper()}" for name, value in defines.items()]
     source = ROOT / "tests" / "run_convnet1989.c"
     subprocess.run([*command, *defines, source, "-lm", "-o", program], check=True)
     done = subprocess.run([*runner, program], input=given, capture_output=True)
     assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
-    network = Convnet1989(loss, activation, optimizer, shift, dropout, batch_size)
+    network = Convnet1989(loss, activation, optimizer, shift, dropout, batch_size, reads)
     state = State(seed=7)
     network.train_pass(
         parameters, images, targets, 0.003, rates=extra1, moments=(extra1, extra2), state=state
@@ -434,19 +462,21 @@ def with_program(command, program, runner, loss, activation, optimizer, shift, d
     return np.frombuffer(done.stdout, np.float32), np.concatenate([array.ravel() for array in arrays])
 
 
+ROUND_ROBIN = [[(m + i) % 12 for i in range(8)] for m in range(12)]  # as in run_convnet1989.c
 SOME = [
     ("mse", "tanh", "sgd", "none", 0, 1),
     ("mse", "scaled_tanh", "sgd_rates", "roll", 0, 7),
     ("cross_entropy", "relu", "adamw", "pad", 1, 1),
     ("cross_entropy", "relu", "adamw", "roll", 1, 7),
+    ("mse", "tanh", "sgd", "none", 0, 1, ROUND_ROBIN),
 ]
 
 
 @pytest.mark.skipif(not ON_X86, reason="AVX2 is of x86-64")
 def test_narrower_vectors_give_the_same_bytes():
-    for loss, activation, optimizer, shift, dropout, batch_size in SOME[:1]:
-        wide = Convnet1989(loss, activation, optimizer, shift, dropout, batch_size)
-        narrow = Convnet1989(loss, activation, optimizer, shift, dropout, batch_size, target=AVX2)
+    for variant in (SOME[0], SOME[-1]):
+        wide = Convnet1989(*variant)
+        narrow = Convnet1989(*variant, target=AVX2)
         assert narrow.lanes == 8
         assert trained(wide, n=1000) == trained(narrow, n=1000)
 
