@@ -70,7 +70,6 @@ SETTINGS["recovered"] = SETTINGS["karpathy"] | {
     "target": 0.7,
     "init": "fan-in",
     "gain": 2.02,
-    "bias": "zero",
     "optimizer": "sdlm",
     "eta": 0.0008,
     "mu": 0.01,
