@@ -26,7 +26,6 @@ Expected last lines of `python modern.py` (MNIST, seed 1337; 8 s on one core of 
 The logs and figures go to results/modern/<run>/; `python compare.py` holds them against what is published.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -448,25 +447,7 @@ def parse_flags(argv):
     )
     flag("--shift-pixels", type=number(int, at_least=1, at_most=15), help="at most (1)")
     flag("--dropout", type=share, help="the share of H2's outputs dropped")
-    flag = parser.add_argument_group("run").add_argument
-    seed = number(int, at_least=0, at_most=2**32 - 1)
-    flag("--seed", default=1337, type=seed, help="of the first replica: its weights, shifts and dropout")
-    flag("--seeds", default=1, type=count, help="replicas, from --seed on")
-    flag("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="where it is computed")
-    flag("--engine", default="auto", choices=("auto", "c", "torch"), help="what trains; auto: C on a CPU")
-    flag(
-        "--threads",
-        default=utils.cores(),
-        type=count,
-        help="replicas at a time, in C; PyTorch trains all as one",
-    )
-    flag("--smoke", action="store_true", help="at most 2 passes over 500 digits: does everything run?")
-    flag = parser.add_argument_group("output").add_argument
-    flag("--out", metavar="DIR", help="folder of the run (default: results/modern/<named by its settings>)")
-    flag("--figures", default=True, action=argparse.BooleanOptionalAction, help="draw them")
-    flag("--quiet", action="store_true", help="print only errors and the summary")
-    args = parser.parse_args(argv)
-    utils.check_seeds(args)
+    args = utils.parse(parser, "modern", argv)
     given = {key: getattr(args, key) for key in Recipe._fields if getattr(args, key) is not None}
     return args, given
 
@@ -494,11 +475,7 @@ def main(argv=None):
         if {path.name for path in Path(args.out).iterdir()} - ours:
             raise utils.BadRequest(f"{args.out} is not empty and holds no ladder: give another --out.")
     digits = repro.load_digits(args, args.train_size)
-    n = 500 if args.smoke else None
-    splits = {
-        "train": (repro.add_border(digits.train_images[:n]), digits.train_labels[:n]),
-        "test": (repro.add_border(digits.test_images[:n]), digits.test_labels[:n]),
-    }
+    splits = repro.border_splits(digits, 500 if args.smoke else None)
     logs, folders, settings = zip(
         *(run(change, args, own, digits, splits) for change, own in zip(changes, decided))
     )

@@ -17,7 +17,6 @@ Expected last lines of `python repro.py` (MNIST, seed 1337; 1.5 s on one core of
 The logs and figures go to results/repro/<run>/; `python compare.py` holds them against the published numbers.
 """
 
-import argparse
 import functools
 import math
 import statistics
@@ -407,6 +406,14 @@ def load_digits(args, train_size=prepro.TRAIN_SIZE):
         return prepro.load("strokes", train_size=train_size)
 
 
+def border_splits(digits, n=None):
+    """split -> images with their border and labels, of prepro's Digits; the first n of each."""
+    return {
+        "train": (add_border(digits.train_images[:n]), digits.train_labels[:n]),
+        "test": (add_border(digits.test_images[:n]), digits.test_labels[:n]),
+    }
+
+
 def summary(name, logs):
     """A line for each split: mean, standard deviation, min and max over the replicas, after the last pass."""
     lines = []
@@ -446,10 +453,7 @@ def draw_figures(folder, name, seed, setting, trained, engine, splits):
 def parse_flags(argv):
     """The flags, the Setting, and `settings`: what decides the numbers, where it is not the default."""
     parser = utils.Parser("repro", __doc__)
-    count, seed = (
-        utils.number(int, at_least=1, at_most=10**6),
-        utils.number(int, at_least=0, at_most=2**32 - 1),
-    )
+    count = utils.number(int, at_least=1, at_most=10**6)
     rate = utils.number(float, above=0, at_most=1e38)  # float32 ends there
     flag = parser.add_argument_group("data").add_argument
     flag("--data", default="auto", choices=("auto", "mnist", "usps", "strokes"), help=prepro.AUTO_HELP)
@@ -479,24 +483,7 @@ def parse_flags(argv):
     open_flag("mu", "of sdlm", type=rate)
     open_flag("sample", "digits to measure curvature on before each pass", type=count)
     open_flag("passes", "over the digits to train on", type=count)
-    flag = parser.add_argument_group("run").add_argument
-    flag("--seed", default=1337, type=seed, help="of the first replica's weights")
-    flag("--seeds", default=1, type=count, help="replicas, from --seed on")
-    flag("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="where it is computed")
-    flag("--engine", default="auto", choices=("auto", "c", "torch"), help="what trains; auto: C on a CPU")
-    flag(
-        "--threads",
-        default=utils.cores(),
-        type=count,
-        help="replicas trained at a time, in C; PyTorch trains one",
-    )
-    flag("--smoke", action="store_true", help="at most 2 passes over 500 digits: does everything run?")
-    flag = parser.add_argument_group("output").add_argument
-    flag("--out", metavar="DIR", help="folder of the run (default: results/repro/<named by its settings>)")
-    flag("--figures", default=True, action=argparse.BooleanOptionalAction, help="draw them")
-    flag("--quiet", action="store_true", help="print only errors and the summary")
-    args = parser.parse_args(argv)
-    utils.check_seeds(args)
+    args = utils.parse(parser, "repro", argv)
     usual = SETTINGS[args.reading]
     given = {name: getattr(args, name) for name in usual if getattr(args, name) is not None}
     setting = Setting(**usual | given)
@@ -519,11 +506,7 @@ def main(argv=None):
     args.engine = engine.name  # so that run.json's flags are enough to run again
     args.threads = min(args.threads, args.seeds) if engine.name == "c" else 1
     digits = load_digits(args)
-    n = 500 if args.smoke else None
-    splits = {
-        "train": (add_border(digits.train_images[:n]), digits.train_labels[:n]),
-        "test": (add_border(digits.test_images[:n]), digits.test_labels[:n]),
-    }
+    splits = border_splits(digits, 500 if args.smoke else None)
     if setting.order == "shuffled":
         splits["train"] = tuple(array[shuffled(len(array))] for array in splits["train"])
     settings = {key: value for key, value in digits.provenance.items() if key in ("data", "draw")} | settings

@@ -133,10 +133,27 @@ def require_device(name):
         raise BadRequest(f"--device {name}: PyTorch finds no such device on this machine; use --device cpu.")
 
 
-def check_seeds(args):
-    """BadRequest where the last of the replicas' seeds would be none."""
+def parse(parser, script, argv):
+    """Add the flags that mean the same in every script that trains, and parse all."""
+    count = number(int, at_least=1, at_most=10**6)
+    seed = number(int, at_least=0, at_most=2**32 - 1)
+    flag = parser.add_argument_group("run").add_argument
+    flag("--seed", default=1337, type=seed, help="of the first replica: its weights, and chance if any")
+    flag("--seeds", default=1, type=count, help="replicas, from --seed on")
+    flag("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="where it is computed")
+    flag("--engine", default="auto", choices=("auto", "c", "torch"), help="what trains; auto: C on a CPU")
+    flag("--threads", default=cores(), type=count, help="replicas trained at a time, by the C engine")
+    flag("--smoke", action="store_true", help="at most 2 passes over 500 digits: does everything run?")
+    flag = parser.add_argument_group("output").add_argument
+    flag(
+        "--out", metavar="DIR", help=f"folder of the run (default: results/{script}/<named by its settings>)"
+    )
+    flag("--figures", default=True, action=argparse.BooleanOptionalAction, help="draw them")
+    flag("--quiet", action="store_true", help="print only errors and the summary")
+    args = parser.parse_args(argv)
     if args.seed + args.seeds > 2**32:
         raise BadRequest(f"--seed {args.seed} and --seeds {args.seeds} go beyond the last seed, {2**32 - 1}.")
+    return args
 
 
 def cores():

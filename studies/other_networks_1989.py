@@ -192,11 +192,7 @@ def main(argv=None):
     setting = repro.Setting(**repro.SETTINGS[args.reading])
     setting = setting._replace(passes=1) if args.smoke else setting
     digits = prepro.load("strokes" if args.smoke else "usps", data_root=args.data_root)
-    n = 100 if args.smoke else None
-    splits = {
-        "train": (repro.add_border(digits.train_images[:n]), digits.train_labels[:n]),
-        "test": (repro.add_border(digits.test_images[:n]), digits.test_labels[:n]),
-    }
+    splits = repro.border_splits(digits, 100 if args.smoke else None)
     seeds = SEEDS[:2] if args.smoke else SEEDS
     jobs = [(name, seed) for seed in seeds for name in NETWORKS]
 

@@ -321,11 +321,7 @@ def main(argv=None):
     if args.smoke:
         make_small()
     digits = prepro.load("strokes" if args.smoke else "usps", data_root=args.data_root)
-    n = 100 if args.smoke else None
-    splits = {
-        "train": (repro.add_border(digits.train_images[:n]), digits.train_labels[:n]),
-        "test": (repro.add_border(digits.test_images[:n]), digits.test_labels[:n]),
-    }
+    splits = repro.border_splits(digits, 100 if args.smoke else None)
     args.out.mkdir(parents=True, exist_ok=True)
     runs = Runs(args.out / "runs.jsonl", splits, args)
     searched = search(runs)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, one_sentence, run_script
+from conftest import ROOT, one_sentence, real_root, run_script
 
 import modern
 import repro
@@ -148,6 +148,25 @@ def test_no_run_of_the_search_is_done_twice(tmp_path, monkeypatch):
     assert len(done) == len(lines) // 2
     assert (tmp_path / "runs.jsonl").read_text() == first
     assert (tmp_path / "README.md").read_text() == tables
+
+
+def test_the_named_settings_are_those_of_the_search():
+    report = json.loads((recover_1989.FOLDER / "report.json").read_text())
+    for name in ("recovered", "literal"):
+        found = {key: report["finalists"][name][key] for key in repro.Setting._fields}
+        assert repro.SETTINGS[name] == found
+
+
+def test_the_page_has_the_tables_of_its_runs(tmp_path):
+    """Made anew from runs.jsonl, which holds every run that the report needs."""
+    for path in recover_1989.FOLDER.iterdir():
+        shutil.copy(path, tmp_path / path.name)
+    page = (tmp_path / "README.md").read_text()
+    begin, end = utils.readme_markers("recover_1989.py")
+    (tmp_path / "README.md").write_text(page.replace(page.split(begin)[1].split(end)[0], "\nstale\n"))
+    real_root("usps")
+    assert recover_1989.main(["--quiet", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "README.md").read_text() == page
 
 
 def test_a_setting_that_diverges_is_no_candidate():
