@@ -191,7 +191,8 @@ def rates(names, of_passes, title):
 def clouds(clouds, published, title):
     """The four numbers of 1989: train loss against train misses and test loss against test misses.
 
-    `clouds`: name -> (n, 4), a point for each replica; `published` (4,) is the grey cross.
+    `clouds`: name -> (n, 4), a point for each replica; `published` (4,) is the cross. The axes leave out the
+    farthest of a thousand points, so that a replica that failed does not hide all others.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5))
     for axis, split, first in zip(axes, ("train", "test"), (0, 2)):
@@ -200,6 +201,8 @@ def clouds(clouds, published, title):
             axis.plot(points[:, first], points[:, first + 1], "o", label=name, **style)
         axis.plot(*published[first : first + 2], "+", color="0.1", markersize=16, label="published")
         axis.set(xlabel=f"{split} loss", ylabel=f"{split} misses", xscale="log", yscale="log")
+        shown = np.quantile(np.concatenate(list(clouds.values())), (0, 0.997), axis=0)
+        axis.set(xlim=shown[:, first] * (0.9, 1.1), ylim=shown[:, first + 1] * (0.9, 1.1))
         for which in (axis.xaxis, axis.yaxis):
             which.set_major_formatter("{x:g}")
             which.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1, 0.5)))
