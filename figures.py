@@ -200,13 +200,11 @@ def clouds(clouds, published, title):
             style = {"color": f"C{number}", "alpha": 0.5, "markersize": 3}
             axis.plot(points[:, first], points[:, first + 1], "o", label=name, **style)
         axis.plot(*published[first : first + 2], "+", color="0.1", markersize=16, label="published")
-        axis.set(xlabel=f"{split} loss", ylabel=f"{split} misses", xscale="log", yscale="log")
+        axis.set(xlabel=f"{split} loss", ylabel=f"{split} misses")
         shown = np.quantile(np.concatenate(list(clouds.values())), (0, 0.997), axis=0)
         axis.set(xlim=shown[:, first] * (0.9, 1.1), ylim=shown[:, first + 1] * (0.9, 1.1))
-        for which in (axis.xaxis, axis.yaxis):
-            which.set_major_formatter("{x:g}")
-            which.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1, 0.5)))
-        axis.grid(True, which="both")
+        axis.ticklabel_format(axis="x", scilimits=(0, 0))
+        axis.grid(True)
     axes[0].set_title(title)
     axes[0].legend(fontsize="small")
     return figure
