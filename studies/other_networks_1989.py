@@ -1,6 +1,6 @@
 """The other networks of LeCun et al. 1989: one hidden layer of 40 units, and half as many feature maps.
 
-    python studies/other_networks_1989.py    # four minutes on two cores
+    python studies/other_networks_1989.py    # two minutes on two cores
 
 Published (`fully-connected` in reference/lecun1989.toml): a fully connected network of 40 hidden units and
 10,690 connections misses more of both sets and has to reject more. Of fewer feature maps the paper says
@@ -186,7 +186,8 @@ def main(argv=None):
     flag("--data-root", metavar="DIR", help=prepro.DATA_ROOT_HELP)
     flag("--threads", default=utils.cores(), type=utils.number(int, at_least=1), help="replicas at a time")
     flag("--smoke", action="store_true", help="1 pass over 100 strokes, 2 seeds: does everything run?")
-    flag("--out", default=FOLDER, type=Path, metavar="DIR", help="folder of the record and the table")
+    flag("--out", default=FOLDER, type=Path, metavar="DIR", help="folder of the record")
+    flag("--markdown", action="store_true", help="write the table into README.md as well")
     flag("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     setting = repro.Setting(**repro.SETTINGS[args.reading])
@@ -213,8 +214,9 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     record = {"setting": setting._asdict(), "seeds": list(seeds), "found": found, **utils.environment()}
     utils.write_whole(args.out / f"{args.reading}.json", utils.to_json(record))
-    utils.write_whole(args.out / f"{args.reading}.md", table(found) + "\n")
     print(table(found))
+    if args.markdown:
+        utils.update_readme(utils.ROOT / "README.md", "other_networks_1989.py", table(found))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def test_a_smoke_test_is_no_result(study, tmp_path, monkeypatch):
     """It goes to a folder of its own, and where it was told to go, no study takes it for a result."""
     asked = []
     monkeypatch.setattr(modern, "main", lambda flags: asked.append(flags) or 2)
+    monkeypatch.setattr(utils, "finished", lambda *_: False)
     assert study.main(["--smoke"]) == 2 and study.main([]) == 2
     smoke, real = (flags[flags.index("--out") + 1] for flags in asked)
     assert f"{study.FOLDER}-smoke/" in smoke and f"{study.FOLDER}/" in real
@@ -253,6 +254,14 @@ def test_half_the_maps_are_a_network_of_six(changes):
     x = repro.squash(torch.cat(convolved, 1) + p[3][half], setting).flatten(1)
     x = repro.squash(x @ p[4].reshape(12, 16, 30)[half].reshape(96, 30) + p[5], setting)
     np.testing.assert_allclose(outputs, repro.squash(x @ p[6] + p[7], setting), atol=1e-5)
+
+
+def test_the_readme_has_the_table_of_the_other_networks():
+    record = json.loads((other_networks_1989.FOLDER / "recovered.json").read_text())
+    begin, end = utils.readme_markers("other_networks_1989.py")
+    table = (ROOT / "README.md").read_text().split(begin)[1].split(end)[0].strip()
+    assert table == other_networks_1989.table(record["found"])
+    assert repro.Setting(**record["setting"]) == repro.Setting(**repro.SETTINGS["recovered"])
 
 
 def test_the_other_networks_are_trained_and_told(tmp_path, capsys):
