@@ -315,7 +315,8 @@ def learning_rates(engine, parameters, images, setting, seed, number):
         return setting.lr
     chosen = np.random.default_rng((seed, number)).permutation(len(images))[: setting.sample]
     diagonal = engine.measure_curvature(parameters, images[chosen])
-    return [np.float32(setting.eta) / (np.float32(setting.mu) + curvature) for curvature in diagonal]
+    with np.errstate(over="ignore"):  # what is infinite shows in the weights
+        return [np.float32(setting.eta) / (np.float32(setting.mu) + curvature) for curvature in diagonal]
 
 
 def evaluate(engine, parameters, images, labels, target=1.0):

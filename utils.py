@@ -314,9 +314,15 @@ def describe_run(script, settings, args, **facts):
         "seeds": list(range(args.seed, args.seed + args.seeds)),
         "device": args.device,
         **facts,
-        "flags": vars(args),
+        "flags": {**vars(args), "out": args.out and _relative(args.out)},
         **environment(),
     }
+
+
+def _relative(path):
+    """A path as seen from the repository, where it is inside."""
+    path = Path(path).resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def run_path(out, run):

@@ -186,10 +186,13 @@ def main(argv=None):
     flag("--data-root", metavar="DIR", help=prepro.DATA_ROOT_HELP)
     flag("--threads", default=utils.cores(), type=utils.number(int, at_least=1), help="replicas at a time")
     flag("--smoke", action="store_true", help="1 pass over 100 strokes, 2 seeds: does everything run?")
-    flag("--out", default=FOLDER, type=Path, metavar="DIR", help="folder of the record")
+    flag(
+        "--out", type=Path, metavar="DIR", help="folder of the record (default: results/other_networks_1989)"
+    )
     flag("--markdown", action="store_true", help="write the table into README.md as well")
     flag("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
+    args.out = args.out or FOLDER.with_name("other_networks_1989" + "-smoke" * args.smoke)
     setting = repro.Setting(**repro.SETTINGS[args.reading])
     setting = setting._replace(passes=1) if args.smoke else setting
     digits = prepro.load("strokes" if args.smoke else "usps", data_root=args.data_root)

@@ -478,7 +478,8 @@ def test_help_shows_every_default(capsys, monkeypatch):
     entries = capsys.readouterr().out.split("\n  --")
     for flag, default in (("lr", "0.03"), ("passes", "23"), ("seed", "1337"), ("draw", "test-first")):
         (entry,) = [entry for entry in entries if entry.startswith(f"{flag} ")]
-        assert f"(default: {default}" in entry
+        words = "by --as" if flag in ("lr", "passes") else "default"
+        assert f"({words}: {default}" in entry
 
 
 def test_a_loss_that_is_not_finite(tmp_path, capsys):

@@ -170,6 +170,40 @@ def test_the_page_has_the_tables_of_its_runs(tmp_path):
     assert (tmp_path / "README.md").read_text() == page
 
 
+def test_runs_that_cannot_be_read_or_are_of_other_digits(tmp_path, capsys):
+    flags = ["--smoke", "--quiet", "--out", str(tmp_path)]
+    for damaged in ("{", '{"setting": {"depth": 3}, "seed": 1, "found": null}', '{"seed": 1}'):
+        (tmp_path / "runs.jsonl").write_text(damaged + "\n")
+        assert recover_1989.main(flags) == 2
+        one_sentence(capsys.readouterr().err, tmp_path / "runs.jsonl", "damaged")
+    (tmp_path / "report.json").write_text('{"data_sha256": "of other digits"}')
+    assert recover_1989.main(flags) == 2
+    one_sentence(capsys.readouterr().err, tmp_path, "other digits")
+
+
+@pytest.mark.parametrize("study", [recover_1989, other_networks_1989])
+def test_a_smoke_test_of_1989_is_no_result(study, monkeypatch):
+    asked = []
+    monkeypatch.setattr(recover_1989, "make_small", lambda: None)
+    monkeypatch.setattr(recover_1989, "Runs", lambda path, *_: asked.append(path.parent) or fail())
+    monkeypatch.setattr(recover_1989, "check_digits", lambda *_: None)
+    monkeypatch.setattr(utils, "in_parallel", lambda *_: fail())
+    monkeypatch.setattr(other_networks_1989.prepro, "load", lambda *_, **__: fail(study))
+
+    class Stopped(Exception):
+        pass
+
+    def fail(loading=None):
+        raise Stopped
+
+    made = []
+    monkeypatch.setattr(type(study.FOLDER), "with_name", lambda self, name: made.append(name) or self)
+    for flags in (["--smoke"], []):
+        with pytest.raises(Stopped):
+            study.main(flags)
+    assert made == [f"{study.FOLDER.name}-smoke", study.FOLDER.name]
+
+
 def test_a_setting_that_diverges_is_no_candidate():
     images, labels = strokes.draw_digits(300, 1)
     splits = {split: (repro.add_border(images), labels) for split in ("train", "test")}
