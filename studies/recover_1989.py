@@ -23,8 +23,8 @@ loss as the mean over digits and outputs, and with half of it: the four have to 
    fresh seeds: which of them do the four numbers tell apart? (The printed gain of 2.4, and weights within
    1.2 / sqrt(F), were added to these when the search had ended.)
 
-6. Added when the search had ended at the edge of SGD's rates: SGD with the recovered setting's other choices, and
-   rates up to 0.113, on seeds 0 to 19; the best of them on the fresh seeds.
+6. Added when the search had ended at the edge of SGD's rates: SGD with the recovered setting's other choices,
+   and rates up to 0.113, on seeds 0 to 19; the best of them on the fresh seeds.
 
 The ranges of the grid come from 15 settings tried by hand on seeds 3000 to 3003. All runs are kept in
 runs.jsonl, and none is done twice: stop it and go on as you like.
