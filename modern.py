@@ -312,10 +312,7 @@ def train_all(seeds, name, splits, recipe, network, args, folder):
         try:
             return train(seeds, name, splits, recipe, network, args, folder, progress, stop)
         except (RuntimeError, MemoryError) as error:
-            words = (
-                "out of memory",
-                "allocate memory",
-            )  # CUDA's, and PyTorch's on a CPU; NumPy has its own error
+            words = "out of memory", "allocate memory"  # of CUDA, and of PyTorch on a CPU
             if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
                 raise
             count = f"{len(seeds)} replicas with batches of {recipe.batch_size}"

@@ -357,7 +357,8 @@ def train(seed, name, splits, engine, setting, args, folder, progress, stop):
         started = time.perf_counter()
         rates = learning_rates(engine, parameters, images, setting, seed, passes)
         train_seconds += time.perf_counter() - started
-        rates_of_passes.append(rates)
+        if seed == args.seed:  # of the first replica alone they are drawn
+            rates_of_passes.append(rates)
         for start in range(0, len(images), 1000):  # in parts, for the bar and for Ctrl-C
             if stop.is_set():
                 return None
