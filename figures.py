@@ -210,6 +210,22 @@ def clouds(clouds, published, title):
     return figure
 
 
+def signals(rows, title):
+    """name -> ten signals, a row each. As in MNIST-1D's paper they run downwards, which makes them digits."""
+    figure, axis = plt.subplots(figsize=(10, 1.1 * len(rows) + 0.4))
+    for number, (name, row) in enumerate(rows.items()):
+        axis.text(-0.6, number, name, ha="right", va="center", fontsize="small")
+        limit = max(np.abs(signal).max() for signal in row if len(signal))
+        for column, signal in enumerate(row):
+            along = np.linspace(number - 0.4, number + 0.4, len(signal))
+            axis.plot(column + 0.45 * np.asarray(signal) / limit, along, color="C0", linewidth=1)
+    axis.set(xlim=(-0.6, 9.6), ylim=(len(rows) - 0.5, -0.5), title=title, xticks=range(10))
+    axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
+    axis.set_yticks([])
+    axis.set_frame_on(False)
+    return figure
+
+
 def kernels(kernels, title):
     """The kernels (n, height, width) of a layer, on one scale of grey."""
     limit = np.abs(kernels).max()

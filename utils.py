@@ -164,13 +164,14 @@ def cores():
 # Files
 
 
-def write_whole(path, content):
-    """Write text or bytes so that `path` holds its old content or all of the new, whatever happens."""
+@contextlib.contextmanager
+def whole_file(path):
+    """A file to write bytes into: `path` holds its old content or all of the new, whatever happens."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -181,6 +182,12 @@ def write_whole(path, content):
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def write_whole(path, content):
+    """Write text or bytes, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def npz_bytes(**arrays):
