@@ -226,6 +226,28 @@ def signals(rows, title):
     return figure
 
 
+def accuracy_curves(panels, published):
+    """A panel for each order of MNIST-1D: name -> steps and test accuracies (replicas, steps) in percent.
+
+    `published`: order -> name -> accuracy, drawn dashed at the right end in the colour of the name.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(10, 4.2), sharey=True, squeeze=False)
+    for axis, (order, curves) in zip(axes[0], panels.items()):
+        for number, (name, (steps, accuracies)) in enumerate(curves.items()):
+            mean, sd = np.mean(accuracies, axis=0), np.std(accuracies, axis=0, ddof=len(accuracies) > 1)
+            style = {"color": f"C{number}"}
+            axis.fill_between(steps, mean - sd, mean + sd, alpha=0.25, linewidth=0, **style)
+            axis.plot(steps, mean, label=name, **style)
+            value = published[order][name]
+            axis.plot([steps[-1], steps[-1] * 1.1], [value] * 2, "--", linewidth=2, **style)
+        seeds = f"{len(accuracies)} seed{'s' * (len(accuracies) > 1)}"
+        axis.set(xlabel="step", title=f"{order} signals: mean ± sd, {seeds}", ylim=(0, 100))
+        axis.grid(True)
+    axes[0, 0].set_ylabel("test accuracy (%); dashed: published")
+    axes[0, 0].legend(fontsize="small", loc="lower right", ncol=2)
+    return figure
+
+
 def kernels(kernels, title):
     """The kernels (n, height, width) of a layer, on one scale of grey."""
     limit = np.abs(kernels).max()

@@ -283,16 +283,16 @@ def last_evaluations(log):
 # Replicas side by side
 
 
-def in_parallel(function, jobs, threads, total, quiet):
+def in_parallel(function, jobs, threads, total, quiet, unit="digit"):
     """`function(job, progress, stop)` for each job, `threads` at a time: the results, in the order of jobs.
 
-    `progress` is a bar of `total` digits. `stop` is an Event, set when Ctrl-C is pressed or a job has
+    `progress` is a bar of `total` units. `stop` is an Event, set when Ctrl-C is pressed or a job has
     failed: then each should return soon.
     """
     stop = threading.Event()
     with (
         interrupt_sets(stop),  # none may write any more when the folder is put in order
-        tqdm(total=total, unit="digit", unit_scale=True, disable=quiet or None) as progress,
+        tqdm(total=total, unit=unit, unit_scale=True, disable=quiet or None) as progress,
         ThreadPoolExecutor(threads) as pool,
     ):
         running = []

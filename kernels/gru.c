@@ -6,8 +6,8 @@
 //   n = tanh(wi_n x + bi_n + r (wh_n h + bh_n))     h = (1 - z) n + z h
 //
 // The layout for SIMD. Sequences lie side by side, so no lane ever looks at another; a block of LANES of them
-// goes through all steps. Where the batch ends within a block, the rest is padding: nothing is read or written
-// beyond the arrays, and whatever the padding computes, be it NaN, is cut off before it is added to anything.
+// goes through all steps. Where the batch ends within a block, the rest is padding: nothing beyond the arrays
+// is read or written, and what the padding computes, be it NaN, is cut off before it is added to anything.
 //
 // Gradients of weights are sums over steps and sequences. Each is kept as COLUMNS partial sums, of the
 // sequences whose numbers are equal modulo COLUMNS, which are added last. So every sum is taken in an order
@@ -54,7 +54,9 @@ INLINE void store_some(float *p, vec v, int32_t count) {
 }
 
 // Lane by lane: a where the condition holds, b elsewhere.
-INLINE vec choose(ivec condition, vec a, vec b) { return (vec)((condition & (ivec)a) | (~condition & (ivec)b)); }
+INLINE vec choose(ivec condition, vec a, vec b) {
+    return (vec)((condition & (ivec)a) | (~condition & (ivec)b));
+}
 
 // x P(x^2) / Q(x^2), fitted for the least largest relative error up to 7.9; there tanh is 1 - 2.7e-7. Beyond,
 // it is 1, so that a unit that is saturated has no slope, however large its weights. NaN stays NaN.
@@ -134,8 +136,8 @@ struct sums {
 } ALIGNED;
 
 // One step of a block: errors from dh, by this step's states; dh becomes that by the states before.
-INLINE void backward_step(const float *wh, const float *bh, const float *gates, const vec *h, ivec valid, vec *dh,
-                          vec *d) {
+INLINE void backward_step(const float *wh, const float *bh, const float *gates, const vec *h, ivec valid,
+                          vec *dh, vec *d) {
     vec passed[HIDDEN] = {{0}};
     UNROLL for (int32_t i = 0; i < HIDDEN; i++) {
         vec r = load(gates + 3 * LANES * i), z = load(gates + 3 * LANES * i + LANES);
@@ -154,7 +156,7 @@ INLINE void backward_step(const float *wh, const float *bh, const float *gates, 
     UNROLL for (int32_t i = 0; i < HIDDEN; i++) dh[i] += passed[i];
 }
 
-// Add a chunk to the sums of rows `from` to `to`: of their errors times h, where `times_h`, times x, and alone.
+// Add a chunk to the sums of rows `from` to `to`, of errors alone, times x, and, where `times_h`, times h.
 INLINE void add_rows(const struct chunk *c, int32_t steps, int32_t from, int32_t to, int times_h,
                      struct sums *sums, int32_t column) {
     for (int32_t j = from; j < to; j++) {
@@ -204,15 +206,15 @@ static float add_columns(const float *part) {
 
 // Exported. For each group: x (steps, batch), states and dstates (steps, HIDDEN, batch), and of the weights
 // and their gradients wi (ROWS), wh (ROWS, HIDDEN), bi (ROWS), bh (ROWS). gates are for backward:
-// (blocks, steps, HIDDEN, 3, LANES), with a block for each LANES of the batch, or the part of it that is left.
+// (blocks, steps, HIDDEN, 3, LANES), with a block for each LANES of the batch, or what is left of it.
 
 // How many floats a vector holds.
 int32_t lanes(void) { return LANES; }
 
 // The states after each step; gates may be NULL.
 void forward(int64_t groups, int64_t steps, int64_t batch, const float *restrict x, const float *restrict wi,
-             const float *restrict wh, const float *restrict bi, const float *restrict bh, float *restrict states,
-             float *restrict gates) {
+             const float *restrict wh, const float *restrict bi, const float *restrict bh,
+             float *restrict states, float *restrict gates) {
     for (int64_t g = 0; g < groups; g++) {
         for (int64_t from = 0; from < batch; from += LANES) {
             const int64_t left = batch - from;
@@ -239,11 +241,11 @@ void backward(int64_t groups, int64_t steps, int64_t batch, const float *restric
             const int64_t left = batch - from;
             const int32_t column = (int32_t)(from % COLUMNS);
             if (left >= LANES)
-                backward_block(steps, batch, LANES, x + from, wh, bh, states + from, gates, dstates + from, &sums,
-                               column);
-            else
-                backward_block(steps, batch, (int32_t)left, x + from, wh, bh, states + from, gates, dstates + from,
+                backward_block(steps, batch, LANES, x + from, wh, bh, states + from, gates, dstates + from,
                                &sums, column);
+            else
+                backward_block(steps, batch, (int32_t)left, x + from, wh, bh, states + from, gates,
+                               dstates + from, &sums, column);
             gates += steps * ROWS * LANES;
         }
         for (int32_t j = 0; j < ROWS; j++) {

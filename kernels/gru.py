@@ -65,8 +65,8 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gru, x, wi, wh, bi, bh):
         groups, steps, batch = x.shape
-        # r, z and n of each unit, in blocks of `lanes` sequences, the last one padded. With the states, the
-        # rest is cheaper to compute again than to keep: memory is what the backward pass waits for.
+        # Kept beside the states: r, z and n of each unit, in blocks of `lanes` sequences, the last padded.
+        # wh_n h + bh_n is computed again, so that a quarter less is written and read.
         gates = x.new_empty(groups, -(-batch // gru.lanes), steps, HIDDEN, 3, gru.lanes)
         states = gru.compute_states(x, wi, wh, bi, bh, gates)
         ctx.gru = gru
@@ -92,7 +92,9 @@ def _check(tensor, shape, what):
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{what}: a {type(tensor).__name__} and not a tensor")
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        raise ValueError(f"{what}: a {tensor.layout} tensor on {tensor.device} and not a dense one on the CPU")
+        raise ValueError(
+            f"{what}: a {tensor.layout} tensor on {tensor.device} and not a dense one on the CPU"
+        )
     if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
         raise ValueError(f"{what}: {tensor.dtype} {tuple(tensor.shape)} and not torch.float32 {shape}")
     if not tensor.is_contiguous():

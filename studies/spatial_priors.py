@@ -1,0 +1,379 @@
+"""What models know of space: the comparison that MNIST-1D was made for (Greydanus 2020).
+
+    python studies/spatial_priors.py              # five models, two orders, ten seeds, two protocols
+    python studies/spatial_priors.py --markdown   # puts its tables into the README
+
+A convolutional and a recurrent network know that some points of a signal are neighbours; logistic regression
+and an MLP do not. So if all signals are shuffled in one random order, only the first two should suffer. The
+published accuracies are in reference/mnist1d.toml.
+
+As published: Adam at 1e-2, batches of 100 in a fixed order, evaluated after step 0, 250, ... 6000. The table
+of the paper speaks of early stopping, of which no code exists and for which there is no validation split; so
+each model is trained twice, and each is reported:
+- on all 4,000 examples, to the last step;
+- on the first 3,500, with the other 500 to choose the step by: the first after which most of them are right.
+  A replica stops when a thousand steps have brought nothing better.
+
+The replicas of a model are one computation: a tensor's first dimension is the replica, its last the example.
+Nothing was tuned. Runs that have finished are not run again.
+"""
+
+import contextlib
+import functools
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import mnist1d_gen
+import utils
+from kernels import build
+from kernels.gru import Gru
+
+FOLDER = utils.ROOT / "results" / "spatial_priors"
+PUBLISHED = utils.reference("mnist1d")
+SIZES = PUBLISHED["sizes"]
+BATCH, STEPS, EVALUATE_EVERY = SIZES["batch_size"], SIZES["steps"], SIZES["evaluate_every"]
+VALIDATION = 500  # examples, an eighth
+PATIENCE = 1000  # steps; as many as from one checkpoint of the original to the next
+ORDERS = "ordered", "shuffled"
+ORDER_SEED = 42  # of the shuffled order; that of the repository's classification notebook
+CHANNELS, HIDDEN = 25, 6  # of the CNN and the GRU
+
+
+# The models. Of each: the shapes of its parameters with the fan-in that decides their initial range, and from
+# parameters (replicas, ...) and signals (replicas, 40, n) the logits (replicas, 10, n).
+
+
+def linear(name, inputs, outputs):
+    """The shapes of a linear layer, or of a convolution, of so many inputs to a unit."""
+    return {f"{name}_weights": ((outputs, inputs), inputs), f"{name}_biases": ((outputs, 1), inputs)}
+
+
+def apply(p, name, x):
+    """A linear layer of x (replicas, inputs, n)."""
+    return torch.baddbmm(p[f"{name}_biases"], p[f"{name}_weights"], x)
+
+
+def logistic(p, x):
+    return apply(p, "out", x)
+
+
+def mlp(p, x):
+    h = apply(p, "hidden1", x).relu()
+    h = h + apply(p, "hidden2", h).relu()
+    return apply(p, "out", h)
+
+
+def cnn(p, x):
+    h = x[:, None]  # (replicas, channels, positions, n)
+    for name, width in (("conv1", 5), ("conv2", 3), ("conv3", 3)):
+        patches = F.unfold(h, (width, 1), stride=(2, 1), padding=(1, 0))
+        h = apply(p, name, patches).relu().unflatten(2, (-1, x.shape[2]))
+        h = h.view(len(x), CHANNELS, -1, x.shape[2])
+    return apply(p, "out", h.flatten(1, 2))  # 40 positions have become 19, 10 and 5
+
+
+def gru(p, x, states_of):
+    forth_and_back = torch.stack([x, x.flip(1)], dim=1).flatten(0, 1)
+    parameters = (p[f"gru_{name}"].flatten(0, 1) for name in ("wi", "wh", "bi", "bh"))
+    states = states_of(forth_and_back, *parameters)  # of either direction, at every position
+    return apply(p, "out", states.reshape(len(x), -1, x.shape[2]))
+
+
+def gru_states(x, wi, wh, bi, bh):
+    """The states (groups, steps, 6, n) of GRUs, from x (groups, steps, n) of one number a step.
+
+    Gates in PyTorch's order: reset, update, new. Of this, kernels/gru.c is the fast version.
+    """
+    h, states = x.new_zeros(len(x), HIDDEN, x.shape[2]), []
+    for at in x.unbind(1):
+        from_input = torch.baddbmm(bi[:, :, None], wi[:, :, None], at[:, None])
+        from_state = torch.baddbmm(bh[:, :, None], wh, h)
+        gates = (from_input + from_state)[:, : 2 * HIDDEN].sigmoid()
+        reset, update = gates.split(HIDDEN, dim=1)
+        new = (from_input[:, 2 * HIDDEN :] + reset * from_state[:, 2 * HIDDEN :]).tanh()
+        h = torch.lerp(new, h, update)
+        states.append(h)
+    return torch.stack(states, dim=1)
+
+
+def shapes_of_mlp(hidden):
+    return linear("hidden1", 40, hidden) | linear("hidden2", hidden, hidden) | linear("out", hidden, 10)
+
+
+SHAPES = {
+    "logistic": linear("out", 40, 10),
+    "mlp-100": shapes_of_mlp(100),
+    "mlp-256": shapes_of_mlp(256),
+    "cnn": linear("conv1", 5, CHANNELS)
+    | linear("conv2", 3 * CHANNELS, CHANNELS)
+    | linear("conv3", 3 * CHANNELS, CHANNELS)
+    | linear("out", 5 * CHANNELS, 10),
+    "gru": {f"gru_{name}": ((2, 3 * HIDDEN), HIDDEN) for name in ("wi", "bi", "bh")}
+    | {"gru_wh": ((2, 3 * HIDDEN, HIDDEN), HIDDEN)}
+    | linear("out", 40 * 2 * HIDDEN, 10),
+}
+COUNTS = {model: sum(np.prod(shape) for shape, _ in shapes.values()) for model, shapes in SHAPES.items()}
+assert PUBLISHED["sizes"]["parameters"].items() <= COUNTS.items()
+FORWARD = {"logistic": logistic, "mlp-100": mlp, "mlp-256": mlp, "cnn": cnn, "gru": gru}
+
+
+def init_parameters(model, seeds, device="cpu"):
+    """Parameters (replicas, ...) by name, uniform within ±1/sqrt(fan-in), as PyTorch's layers begin."""
+    replicas = []
+    for seed in seeds:
+        generator = np.random.default_rng(seed)
+        replicas.append(
+            [
+                generator.uniform(-(fan_in**-0.5), fan_in**-0.5, shape).astype(np.float32)
+                for shape, fan_in in SHAPES[model].values()
+            ]
+        )
+    stacked = (torch.from_numpy(np.stack(arrays)).to(device) for arrays in zip(*replicas))
+    return {name: tensor.requires_grad_() for name, tensor in zip(SHAPES[model], stacked)}
+
+
+# Training
+
+
+def load_splits(order, validation):
+    """split -> signals (40, n) and labels (n,): train and test, and the last of train to choose by."""
+    data = mnist1d_gen.make_dataset()
+    columns = np.arange(SIZES["points"])
+    if order == "shuffled":
+        columns = np.random.RandomState(ORDER_SEED).permutation(columns)  # noqa: NPY002  (the original's)
+
+    def tensors(x, y):
+        return torch.from_numpy(x[:, columns].T.astype(np.float32)), torch.from_numpy(y)
+
+    learnt = len(data["y"]) - validation
+    splits = {"train": tensors(data["x"][:learnt], data["y"][:learnt])}
+    splits |= {"validation": tensors(data["x"][learnt:], data["y"][learnt:])} if validation else {}
+    return splits | {"test": tensors(data["x_test"], data["y_test"])}
+
+
+def evaluate(forward, parameters, signals, labels, at_a_time=500):
+    """The loss of each replica over a split, and a table of misses (replicas, class)."""
+    loss, misses = 0.0, 0
+    with torch.no_grad():
+        for x, y in zip(signals.split(at_a_time, dim=1), labels.split(at_a_time)):
+            replicas = len(next(iter(parameters.values())))
+            logits = forward(parameters, x.expand(replicas, *x.shape))
+            target = y.expand(replicas, -1)
+            loss += F.cross_entropy(logits, target, reduction="none").double().sum(dim=1)
+            missed = (logits.argmax(dim=1) != target).long()
+            misses += missed @ F.one_hot(y, 10)
+    return (loss / len(labels)).tolist(), misses.tolist()
+
+
+def train(model, order, validation, seeds, forward, device, steps, progress, stop):
+    """Train a replica for each seed: their logs. Without validation, to the last step."""
+    splits = load_splits(order, validation)
+    splits = {name: (x.to(device), y.to(device)) for name, (x, y) in splits.items()}
+    signals, labels = splits["train"]
+    parameters = init_parameters(model, seeds, device)
+    optimizer = torch.optim.Adam(parameters.values(), lr=SIZES["lr"], fused=True)
+    logs, train_seconds, started = [[] for _ in seeds], 0.0, time.perf_counter()
+    for step in range(steps + 1):  # as published: the last step is that of number 6000, after 6,000 others
+        first = step * BATCH % len(labels)
+        x, y = signals[:, first : first + BATCH], labels[first : first + BATCH]
+        logits = forward(parameters, x.expand(len(seeds), *x.shape))
+        losses = F.cross_entropy(logits, y.expand(len(seeds), -1), reduction="none")
+        optimizer.zero_grad()
+        losses.mean(dim=1).sum().backward()  # of each replica, the gradient of its own loss
+        optimizer.step()
+        progress.update(len(seeds) * BATCH)
+        if stop.is_set():
+            return None
+        if step % EVALUATE_EVERY == 0:
+            train_seconds += time.perf_counter() - started
+            for split, examples in splits.items():
+                for seed, log, loss, misses in zip(seeds, logs, *evaluate(forward, parameters, *examples)):
+                    shown = (step + 1) * BATCH
+                    facts = sum(misses), len(examples[1]), shown, train_seconds
+                    entry = utils.evaluation(seed, shown // len(labels), split, loss, *facts)
+                    log.append({"step": step, **entry, "class_misses": misses})
+            if validation and all(chosen_step(log) <= step - PATIENCE for log in logs):
+                break
+            started = time.perf_counter()
+    return [until(log, chosen_step(log)) for log in logs] if validation else logs
+
+
+def chosen_step(log):
+    """The step after which fewest validation examples were missed, before patience ended."""
+    best = None
+    for entry in log:
+        if entry["split"] == "validation":
+            if best and entry["step"] > best["step"] + PATIENCE:
+                break
+            best = entry if not best or entry["misses"] < best["misses"] else best
+    return best["step"]
+
+
+def until(log, step):
+    """The evaluations of a replica that was stopped after `step`."""
+    return [entry for entry in log if entry["step"] <= step]
+
+
+# Runs
+
+# Those that take longest come first.
+JOBS = [
+    (model, order, validation)
+    for model in ("cnn", "mlp-256", "gru", "mlp-100", "logistic")
+    for order in ORDERS
+    for validation in (0, VALIDATION)
+]
+
+
+def pick_forward(model, engine, device):
+    """The function from parameters and signals to logits, and which engine computes it."""
+    if model != "gru":
+        return FORWARD[model], "torch"
+    if engine != "torch" and device == "cpu":
+        try:
+            return functools.partial(gru, states_of=Gru()), "c"
+        except build.Unavailable as error:
+            if engine == "c":
+                raise utils.BadRequest(f"--engine c: {error}; --engine torch does without.") from error
+            print(f"No C engine for the GRU: {error}. PyTorch takes several times as long.", file=sys.stderr)
+    return functools.partial(gru, states_of=gru_states), "torch"
+
+
+def describe(model, order, validation, args):
+    """The folder of a run, its run.json and its forward function."""
+    forward, engine = pick_forward(model, args.engine, args.device)
+    settings = {"model": model, "order": order} | ({"validation": validation} if validation else {})
+    settings |= {"smoke": True} if args.smoke else {}
+    facts = {"engine": engine, "threads": args.threads, "parameters": int(COUNTS[model])}
+    described = utils.describe_run("spatial_priors", settings, args, **facts)
+    name = f"{model}-{order}{'-validation' * bool(validation)}"
+    seeds = described["seeds"]
+    return args.out / f"{name}-seeds{seeds[0]}-{seeds[-1]}", described, forward
+
+
+class Stopped(Exception):
+    """By Ctrl-C, or since another run has failed."""
+
+
+def run(args, job, progress, stop):
+    """Train and log the replicas of a (model, order, validation), unless that has been done."""
+    folder, described, forward = describe(*job, args)
+    seeds, steps = described["seeds"], 2 * EVALUATE_EVERY if args.smoke else STEPS
+    with contextlib.suppress(Stopped):
+        if not utils.finished(folder, args.smoke):
+            with utils.run_folder(folder, described) as writing:
+                logs = train(*job, seeds, forward, args.device, steps, progress, stop)
+                if logs is None:
+                    raise Stopped
+                for seed, log in zip(seeds, logs):
+                    utils.write_log(writing / f"seed{seed}.jsonl", log)
+
+
+def accuracies(logs, split="test"):
+    """Of each replica at its last step, in percent."""
+    return [100 - utils.last_evaluations(log)[split]["error"] for log in logs]
+
+
+def read_runs(args):
+    """(model, order, validation) -> the logs of its replicas, of the runs that have finished."""
+    runs = {}
+    for job in JOBS:
+        folder, described, _ = describe(*job, args)
+        if utils.finished(folder, args.smoke):
+            runs[job] = [utils.read_log(folder / f"seed{seed}.jsonl") for seed in described["seeds"]]
+    return runs
+
+
+def draw(runs, args):
+    """spatial_priors.png: accuracy after each step of the runs on all examples."""
+    import figures
+
+    panels = {}
+    for (model, order, validation), logs in runs.items():
+        if not validation:
+            tests = [[entry for entry in log if entry["split"] == "test"] for log in logs]
+            steps = [entry["step"] for entry in tests[0]]
+            curves = [[100 - entry["error"] for entry in test] for test in tests]
+            panels.setdefault(order, {})[f"{model}"] = steps, curves
+    published = {
+        order: {model: PUBLISHED[row_of(model, order)]["test_accuracy"] for model in panel}
+        for order, panel in panels.items()
+    }
+    figures.save(figures.accuracy_curves(panels, published), args.out / "spatial_priors.png")
+
+
+def row_of(model, order):
+    """The published row of a model; that of the MLP does not say how wide it is."""
+    return f"{model.split('-')[0]}{'-shuffled' * (order == 'shuffled')}"
+
+
+def table(runs):
+    """The accuracies in Markdown."""
+    lines = ["| model | parameters | signals | published | last step | early stopping | after step |"]
+    lines.append("|---|---:|---|---:|---:|---:|---:|")
+    for order in ORDERS:
+        for model in SHAPES:
+            row = PUBLISHED[row_of(model, order)]["test_accuracy"]
+            to_the_end, stopped = runs[model, order, 0], runs[model, order, VALIDATION]
+            shown = (
+                f"{statistics.mean(a):.1f} ± {statistics.stdev(a):.1f}"
+                for a in map(accuracies, (to_the_end, stopped))
+            )
+            step = statistics.median(log[-1]["step"] for log in stopped)
+            cells = (model, f"{COUNTS[model]:,}", order, f"{row}%", *shown, f"{step:g}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def class_table(runs):
+    """Errors of each class on ordered signals after the last step, in Markdown, and those of a human."""
+    lines = [f"| error (%) | {' | '.join(map(str, range(10)))} | all |", "|---|" + "---:|" * 11]
+    of_class = [np.bincount(load_splits("ordered", 0)["test"][1].numpy(), minlength=10)]
+    for model in SHAPES:
+        misses = [utils.last_evaluations(log)["test"]["class_misses"] for log in runs[model, "ordered", 0]]
+        errors = [*100 * np.mean(misses, axis=0) / of_class[0], 100 * np.sum(misses) / len(misses) / 1000]
+        lines.append(f"| {model} | {' | '.join(f'{error:.1f}' for error in errors)} |")
+    human = PUBLISHED["human"]
+    errors = [*human["class_errors"], 100 - utils.published(human["accuracy"])]
+    lines.append(f"| human, published | {' | '.join(f'{error:.1f}' for error in errors)} |")
+    return "\n".join(lines)
+
+
+@utils.exit_status
+def main(argv=None):
+    parser = utils.Parser("spatial_priors", __doc__)
+    whole = functools.partial(utils.number, int)
+    flag = parser.add_argument
+    flag("--seed", default=0, type=whole(at_least=0, at_most=2**31), help="of the first replica: its weights")
+    flag("--seeds", default=10, type=whole(at_least=1, at_most=10**4), help="replicas of each model")
+    flag("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="where it is computed")
+    flag("--engine", default="auto", choices=("auto", "c", "torch"), help="of the GRU; auto: C on a CPU")
+    flag("--threads", default=utils.cores(), type=whole(at_least=1), help="models trained at a time")
+    flag("--smoke", action="store_true", help="500 steps: does everything run?")
+    flag("--out", type=Path, metavar="DIR", help="folder of the runs (default: results/spatial_priors)")
+    flag("--markdown", action="store_true", help="write the tables into README.md as well")
+    flag("--quiet", action="store_true", help="print only errors and the tables")
+    args = parser.parse_args(argv)
+    utils.require_device(args.device)
+    torch.set_num_threads(1)
+    args.out = args.out or FOLDER.with_name("spatial_priors" + "-smoke" * args.smoke)
+    steps = 2 * EVALUATE_EVERY if args.smoke else STEPS
+    total = len(JOBS) * args.seeds * (steps + 1) * BATCH
+    utils.in_parallel(functools.partial(run, args), JOBS, args.threads, total, args.quiet, "example")
+    runs = read_runs(args)
+    draw(runs, args)
+    tables = table(runs), class_table(runs)
+    print(*tables, sep="\n\n")
+    if args.markdown:
+        for script, own in zip(("spatial_priors.py", "spatial_priors.py, classes"), tables):
+            utils.update_readme(utils.ROOT / "README.md", script, own)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
