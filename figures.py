@@ -215,7 +215,7 @@ def signals(rows, title):
     figure, axis = plt.subplots(figsize=(10, 1.1 * len(rows) + 0.4))
     for number, (name, row) in enumerate(rows.items()):
         axis.text(-0.6, number, name, ha="right", va="center", fontsize="small")
-        limit = max(np.abs(signal).max() for signal in row if len(signal))
+        limit = max((np.abs(signal).max() for signal in row if len(signal)), default=1)
         for column, signal in enumerate(row):
             along = np.linspace(number - 0.4, number + 0.4, len(signal))
             axis.plot(column + 0.45 * np.asarray(signal) / limit, along, color="C0", linewidth=1)

@@ -46,7 +46,7 @@ TEMPLATES = np.array(
 CLASSES, POINTS = TEMPLATES.shape
 SIGNAL = 1e-8  # added to a template, so that its zeros count as signal: only the padding is exactly 0
 BLUR = 2, 8  # of the correlated noise: sigma of the Gaussian, and where it is cut off, in points
-LONGEST = 100_000  # points of a signal
+LONGEST, MOST = 100_000, 10**8  # points of a signal; examples, of which 24 bytes each stay in memory
 STREAMS = {False: "NumPy's legacy stream, as the published set", True: "NumPy's PCG64 (--fast-rng)"}
 
 
@@ -214,37 +214,33 @@ def torch_dataset(train=True, fast_rng=False, **arguments):
 
 def check(arguments):
     """The arguments, if a data set can be made from them; else utils.BadRequest."""
-    n, split, (low, high) = arguments.num_samples, arguments.train_split, arguments.padding
-    wrong = {
-        f"--num-samples {n}: ten classes share them equally, so it has to be a multiple of 10": n < 10
-        or n % 10,
-        f"--train-split {split}: it has to be between 0 and 1": not 0 < split < 1,
-        f"--padding {low} {high}: it has to be a least and a greatest number of zeros": not 0 <= low <= high,
-        f"--template-len {arguments.template_len}: it has to be at least 1": arguments.template_len < 1,
-        f"--max-translation {arguments.max_translation}: it has to be at least 1, which moves no signal": (
-            arguments.max_translation < 1
+    a, (low, high) = arguments, arguments.padding
+    rules = {
+        "num_samples": (
+            0 < a.num_samples <= MOST and a.num_samples % CLASSES == 0,
+            f"a multiple of {CLASSES}, since the classes share them equally, and at most {MOST}",
         ),
-        f"--final-seq-length {arguments.final_seq_length}: a signal has at least 2 points": (
-            arguments.final_seq_length < 2
-        ),
-        f"--seed {arguments.seed}: it has to be from 0 to {2**32 - 1}": not 0 <= arguments.seed < 2**32,
+        "train_split": (0 < a.train_split < 1, "between 0 and 1"),
+        "template_len": (a.template_len >= 1, "at least 1"),
+        "padding": (0 <= low <= high, "a least and a greatest number of zeros"),
+        "max_translation": (1 <= a.max_translation < 2**31, "at least 1, which moves none, and below 2^31"),
+        "final_seq_length": (2 <= a.final_seq_length <= LONGEST, f"from 2 to {LONGEST}"),
+        "seed": (0 <= a.seed < 2**32, f"from 0 to {2**32 - 1}"),
     }
     for name in ("scale_coeff", "corr_noise_scale", "iid_noise_scale", "shear_scale"):
-        value = getattr(arguments, name)
-        flag = f"--{name.replace('_', '-')} {value}"
-        wrong[f"{flag}: it has to be a number of at least 0"] = not 0 <= value < np.inf
-    for sentence, is_wrong in wrong.items():
-        if is_wrong:
-            raise utils.BadRequest(f"{sentence}.")
-    if not POINTS <= arguments.length <= LONGEST >= arguments.final_seq_length:
+        rules[name] = 0 <= getattr(a, name) <= 1e6, "from 0 to a million"
+    for name, (fits, rule) in rules.items():
+        if not fits:
+            value = f"{low} {high}" if name == "padding" else getattr(a, name)
+            raise utils.BadRequest(f"--{name.replace('_', '-')} {value}: it has to be {rule}.")
+    if not POINTS <= a.length <= LONGEST:
         raise utils.BadRequest(
-            f"--template-len {arguments.template_len} and --padding {low} {high} make signals of "
-            f"{arguments.length} points, resampled to --final-seq-length {arguments.final_seq_length}: the "
-            f"templates need from {POINTS} to {LONGEST} points."
+            f"--template-len {a.template_len} and --padding {low} {high} make signals of {a.length} points: "
+            f"the templates need from {POINTS} to {LONGEST}."
         )
-    if not 0 < arguments.train_size < n:
+    if not 0 < a.train_size < a.num_samples:
         raise utils.BadRequest(
-            f"--train-split {split} of --num-samples {n} leaves no example to train or none to test on."
+            f"--train-split {a.train_split} of --num-samples {a.num_samples} leaves none to train or test on."
         )
     return arguments
 
@@ -267,7 +263,8 @@ def draw_all(arguments, fast_rng, keep, quiet=True):
     """
     stream = (FastStream if fast_rng else HistoricStream)(arguments.seed)
     labels, total, squares = labels_of(arguments), 0.0, 0.0
-    at_a_time = max(1, 2**16 // arguments.length)  # about what a core's cache can hold
+    # About what a core's cache can hold.
+    at_a_time = max(1, 2**16 // max(arguments.length, arguments.final_seq_length))
     with tqdm(total=len(labels), unit="example", unit_scale=True, disable=quiet or None) as progress:
         for start in range(0, len(labels), at_a_time):
             part = labels[start : start + at_a_time]
@@ -279,7 +276,10 @@ def draw_all(arguments, fast_rng, keep, quiet=True):
     length = arguments.final_seq_length
     columns = stream.permutation(length) if arguments.shuffle_seq else np.arange(length)
     mean = total / (len(labels) * length)
-    return order, columns, mean, np.sqrt(squares / (len(labels) * length) - mean**2)
+    variance = squares / (len(labels) * length) - mean**2
+    if variance <= 0:
+        raise utils.BadRequest("nothing varies: let --scale-coeff, a noise or --shear-scale be above 0.")
+    return order, columns, mean, np.sqrt(variance)
 
 
 def write_dataset(path, arguments, fast_rng=False, quiet=True):
@@ -299,10 +299,13 @@ def write_dataset(path, arguments, fast_rng=False, quiet=True):
         ) from error
 
     def examples(first, last):
-        for start in range(first, last, 1000):
-            # Mapped anew each time, since what was read stays in memory as long as the map.
-            rows = np.memmap(scratch, mode="r", dtype=float, shape=(n, length))
-            yield (rows[order[start : min(start + 1000, last)]][:, columns] - mean) / sd
+        at_a_time = 1 + 2**16 // length
+        for start in range(first, last, at_a_time):
+            rows = np.empty((min(at_a_time, last - start), length))
+            for row, place in zip(rows, order[start:]):
+                scratch.raw.seek(place * row.nbytes)
+                scratch.raw.readinto(row)
+            yield (rows[:, columns] - mean) / sd
 
     y = labels_of(arguments)[order]
     how = {**arguments._asdict(), "stream": STREAMS[fast_rng], "numpy": np.__version__}
@@ -318,8 +321,9 @@ def write_dataset(path, arguments, fast_rng=False, quiet=True):
                 np.lib.format.write_array_header_1_0(entry, header)
                 for part in examples(first, last):
                     entry.write(part.astype("<f8").tobytes())
-        head = min(split, 1000)
-        return next(examples(0, head)), y[:head]
+        head = min(split, 1000)  # less than `examples` reads at a time, unless they are long
+        first = next(examples(0, head))
+        return first, y[: len(first)]
 
 
 # The picture
