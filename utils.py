@@ -424,7 +424,7 @@ def finished(folder, smoke=False):
         return run["finished"] and run["settings"].get("smoke", False) == smoke
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise BadRequest(f"{folder / 'run.json'} is damaged: delete {folder}.") from None
 
 

@@ -15,7 +15,8 @@ each model is trained twice, and each is reported:
   A replica stops when a thousand steps have brought nothing better.
 
 The replicas of a model are one computation: a tensor's first dimension is the replica, its last the example.
-Nothing was tuned. Runs that have finished are not run again.
+Nothing was tuned. Runs that have finished are not run again, and those of the repository have: with
+`--out DIR`, all are.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import compare
 import mnist1d_gen
 import utils
 from kernels import build
@@ -39,6 +41,7 @@ PUBLISHED = utils.reference("mnist1d")
 SIZES = PUBLISHED["sizes"]
 BATCH, STEPS, EVALUATE_EVERY = SIZES["batch_size"], SIZES["steps"], SIZES["evaluate_every"]
 VALIDATION = 500  # examples, an eighth
+SMOKE_STEPS = 20
 PATIENCE = 1000  # steps; as many as from one checkpoint of the original to the next
 ORDERS = "ordered", "shuffled"
 ORDER_SEED = 42  # of the shuffled order; that of the repository's classification notebook
@@ -190,7 +193,7 @@ def train(model, order, validation, seeds, forward, device, steps, progress, sto
         progress.update(len(seeds) * BATCH)
         if stop.is_set():
             return None
-        if step % EVALUATE_EVERY == 0:
+        if step % EVALUATE_EVERY == 0 or step == steps:
             train_seconds += time.perf_counter() - started
             for split, examples in splits.items():
                 for seed, log, loss, misses in zip(seeds, logs, *evaluate(forward, parameters, *examples)):
@@ -231,8 +234,16 @@ JOBS = [
 ]
 
 
+@functools.cache
+def say_once(sentence):
+    """On stderr."""
+    print(sentence, file=sys.stderr)
+
+
 def pick_forward(model, engine, device):
     """The function from parameters and signals to logits, and which engine computes it."""
+    if engine == "c" and device != "cpu":
+        raise utils.BadRequest(f"--engine c computes on a CPU alone; leave it out with --device {device}.")
     if model != "gru":
         return FORWARD[model], "torch"
     if engine != "torch" and device == "cpu":
@@ -241,7 +252,7 @@ def pick_forward(model, engine, device):
         except build.Unavailable as error:
             if engine == "c":
                 raise utils.BadRequest(f"--engine c: {error}; --engine torch does without.") from error
-            print(f"No C engine for the GRU: {error}. PyTorch takes several times as long.", file=sys.stderr)
+            say_once(f"No C engine for the GRU: {error}. PyTorch takes several times as long.")
     return functools.partial(gru, states_of=gru_states), "torch"
 
 
@@ -253,6 +264,9 @@ def describe(model, order, validation, args):
     facts = {"engine": engine, "threads": args.threads, "parameters": int(COUNTS[model])}
     described = utils.describe_run("spatial_priors", settings, args, **facts)
     name = f"{model}-{order}{'-validation' * bool(validation)}"
+    name += f"-{args.device}" * (args.device != "cpu") + "-torch" * (
+        args.engine == "torch" and model == "gru"
+    )
     seeds = described["seeds"]
     return args.out / f"{name}-seeds{seeds[0]}-{seeds[-1]}", described, forward
 
@@ -264,7 +278,7 @@ class Stopped(Exception):
 def run(args, job, progress, stop):
     """Train and log the replicas of a (model, order, validation), unless that has been done."""
     folder, described, forward = describe(*job, args)
-    seeds, steps = described["seeds"], 2 * EVALUATE_EVERY if args.smoke else STEPS
+    seeds, steps = described["seeds"], SMOKE_STEPS if args.smoke else STEPS
     with contextlib.suppress(Stopped):
         if not utils.finished(folder, args.smoke):
             with utils.run_folder(folder, described) as writing:
@@ -282,12 +296,9 @@ def accuracies(logs, split="test"):
 
 def read_runs(args):
     """(model, order, validation) -> the logs of its replicas, of the runs that have finished."""
-    runs = {}
-    for job in JOBS:
-        folder, described, _ = describe(*job, args)
-        if utils.finished(folder, args.smoke):
-            runs[job] = [utils.read_log(folder / f"seed{seed}.jsonl") for seed in described["seeds"]]
-    return runs
+    folders = {job: describe(*job, args)[0] for job in JOBS}
+    done = {job: folder for job, folder in folders.items() if utils.finished(folder, args.smoke)}
+    return {job: list(compare.read_run(folder).logs.values()) for job, folder in done.items()}
 
 
 def draw(runs, args):
@@ -360,15 +371,17 @@ def main(argv=None):
     flag("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="where it is computed")
     flag("--engine", default="auto", choices=("auto", "c", "torch"), help="of the GRU; auto: C on a CPU")
     flag("--threads", default=utils.cores(), type=whole(at_least=1), help="models trained at a time")
-    flag("--smoke", action="store_true", help="500 steps: does everything run?")
+    flag("--smoke", action="store_true", help=f"{SMOKE_STEPS} steps: does everything run?")
     flag("--out", type=Path, metavar="DIR", help="folder of the runs (default: results/spatial_priors)")
     flag("--markdown", action="store_true", help="write the tables into README.md as well")
     flag("--quiet", action="store_true", help="print only errors and the tables")
     args = parser.parse_args(argv)
+    if args.smoke and args.markdown:
+        raise utils.BadRequest("--markdown: what --smoke trains is no result; leave one of them out.")
     utils.require_device(args.device)
     torch.set_num_threads(1)
     args.out = args.out or FOLDER.with_name("spatial_priors" + "-smoke" * args.smoke)
-    steps = 2 * EVALUATE_EVERY if args.smoke else STEPS
+    steps = SMOKE_STEPS if args.smoke else STEPS
     total = len(JOBS) * args.seeds * (steps + 1) * BATCH
     utils.in_parallel(functools.partial(run, args), JOBS, args.threads, total, args.quiet, "example")
     runs = read_runs(args)

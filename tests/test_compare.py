@@ -266,6 +266,125 @@ def test_a_row_is_read_in_several_ways(tmp_path):
     assert "rejected" not in {c.quantity for c in compare.compare(first, older)}
 
 
+# Accuracies, of MNIST-1D
+
+
+def write_accuracies(results, model, order, accuracies, script="spatial_priors", **settings):
+    """A finished run with these test accuracies in percent; of the 4,000 to train on, all are right."""
+    words = model, order, script, *settings
+    folder = results / "spatial_priors" / "-".join(words)
+    folder.mkdir(parents=True)
+    run = {"script": script, "settings": {"model": model, "order": order, **settings}}
+    run |= {"seeds": list(range(len(accuracies))), "finished": True}
+    (folder / "run.json").write_text(json.dumps(run))
+    for seed, accuracy in enumerate(accuracies):
+        log = [
+            {"step": step, "split": split, "loss": 0.1, "error": 100 * m / n, "misses": m, "n": n}
+            for step in (0, 6000)
+            for split, m, n in (
+                ("train", 0 if step else 3000, 4000),
+                ("validation", 77, 500),
+                ("test", round(1000 - 10 * accuracy) if step else 900, 1000),
+            )
+        ]
+        utils.write_log(folder / f"seed{seed}.jsonl", log)
+    return folder
+
+
+def every_verdict(results):
+    """(row, validation, quantity) -> verdict, of every reading of the published rows of MNIST-1D."""
+    rows, _ = compare.collect(results)
+    return {
+        (key, row["run"].get("validation", 0), comparison.quantity): comparison.verdict
+        for source, key, row, runs in rows
+        for run in runs
+        for comparison in compare.compare(row, run)
+    }
+
+
+def test_accuracies_agree_or_differ(tmp_path, capsys):
+    write_accuracies(tmp_path, "cnn", "ordered", [93.1, 94.6, 93.0, 92.9, 93.8])
+    write_accuracies(tmp_path, "cnn", "shuffled", [51.0, 51.2, 51.1, 50.9, 51.3])
+    write_accuracies(tmp_path, "mlp-100", "ordered", [63.0, 63.2, 63.1, 62.9, 63.3])
+    says = every_verdict(tmp_path)
+    assert says == {
+        ("cnn", 0, "test_accuracy"): compare.AGREES,
+        ("cnn-notebook", 0, "test_accuracy"): compare.AGREES,
+        ("cnn-notebook", 0, "train_accuracy"): compare.AGREES,
+        ("cnn-shuffled", 0, "test_accuracy"): compare.DIFFERS,
+        ("cnn-notebook-shuffled", 0, "test_accuracy"): compare.DIFFERS,
+        ("cnn-notebook-shuffled", 0, "train_accuracy"): compare.DIFFERS,
+        ("mlp", 0, "test_accuracy"): compare.EXPLAINED,
+        ("mlp-notebook", 0, "test_accuracy"): compare.DIFFERS,
+        ("mlp-notebook", 0, "train_accuracy"): compare.AGREES,
+    }
+    assert compare.main(["--results", str(tmp_path), "--check"]) == 1
+    printed = capsys.readouterr()
+    one_sentence(printed.err, "mnist1d.cnn-shuffled.test_accuracy", "mnist1d.mlp-notebook.test_accuracy")
+    assert "mnist1d.mlp.test_accuracy" not in printed.err and "mnist1d.cnn.test" not in printed.err
+    (line,) = [line for line in printed.out.splitlines() if re.search("test accuracy +94%", line)]
+    assert "93.5% ± 0.7%" in line and "92.9% to 94.6%" in line and "4 of 5, +0.7 sd" in line
+    assert re.search("test accuracy +92.5%", printed.out) and re.search("train accuracy +100%", printed.out)
+
+
+@pytest.mark.parametrize(
+    ("mean", "table", "notebook"),
+    [
+        (31.7, compare.AGREES, compare.AGREES),  # printed as 32; the notebook printed 31.7
+        (31.5, compare.AGREES, compare.AGREES),  # the interval is ±0.21
+        (31.4, compare.AGREES, compare.DIFFERS),
+        (32.6, compare.AGREES, compare.DIFFERS),
+        (31.1, compare.DIFFERS, compare.DIFFERS),
+        (32.9, compare.DIFFERS, compare.DIFFERS),
+    ],
+)
+def test_a_number_may_be_printed_to_its_last_place(mean, table, notebook, tmp_path):
+    """0.5 is added to the interval where the published is whole, and nothing where it has a decimal."""
+    spread = [-0.1, 0, 0.1, 0, 0, -0.1, 0.1]
+    write_accuracies(tmp_path, "logistic", "ordered", [mean + each for each in spread])
+    says = every_verdict(tmp_path)
+    assert says["logistic", 0, "test_accuracy"] == table
+    assert says["logistic-notebook", 0, "test_accuracy"] == notebook
+    ours = [mean + each for each in spread]
+    assert compare.verdict(32, ours, False, 1) == table
+    assert compare.verdict(32, ours, True, 1) == (table if table == compare.AGREES else compare.EXPLAINED)
+    assert compare.verdict(31.7, ours, False) == notebook
+
+
+def test_runs_with_validation_are_held_against_their_own_reading(tmp_path):
+    write_accuracies(tmp_path, "cnn", "ordered", [93.1, 94.6, 93.0], validation=500)
+    assert every_verdict(tmp_path) == {("cnn", 500, "test_accuracy"): compare.AGREES}
+    write_accuracies(tmp_path, "cnn", "ordered", [80.1, 80.2, 80.0])
+    says = every_verdict(tmp_path)
+    assert says["cnn", 500, "test_accuracy"] == compare.AGREES
+    assert says["cnn", 0, "test_accuracy"] == says["cnn-notebook", 0, "test_accuracy"] == compare.DIFFERS
+    write_accuracies(tmp_path, "gru", "ordered", [91.0, 91.2, 91.1], validation=400)
+    write_accuracies(tmp_path, "gru", "ordered", [91.0, 91.2, 91.1], smoke=True)
+    write_accuracies(tmp_path, "gru", "ordered", [91.0, 91.2, 91.1], script="another")
+    assert every_verdict(tmp_path) == says
+
+
+def test_every_accuracy_has_a_run_and_the_human_has_none(tmp_path):
+    rows, _ = compare.collect(tmp_path)
+    keys = [key for source, key, _, _ in rows if source == "mnist1d"]
+    assert "human" not in keys and "sizes" not in keys
+    published = {key for key, row in SOURCES["mnist1d"].items() if "test_accuracy" in row}
+    assert set(keys) == published and len(published) == 16
+    for source, key, row, _ in rows:
+        if source == "mnist1d":
+            assert row["run"]["script"] == "spatial_priors" and row["run"]["order"] in ("ordered", "shuffled")
+            assert key.split("-")[0] == row["run"]["model"].split("-")[0]
+            assert ("shuffled" in key) == (row["run"]["order"] == "shuffled")
+
+
+def test_the_table_of_digits_has_no_accuracies(tmp_path):
+    write_accuracies(tmp_path, "cnn", "ordered", [93.1, 94.6, 93.0])
+    write_run(tmp_path, "near", MNIST, [80, 84, 79])
+    rows, _ = compare.collect(tmp_path)
+    table = compare.markdown_table(rows)
+    assert "Greydanus" not in table and "accuracy" not in table and "[near]" in table
+
+
 # What is committed
 
 
