@@ -201,12 +201,13 @@ def train(model, order, validation, seeds, forward, device, steps, progress, sto
     signals, labels = splits["train"]
     parameters = init_parameters(model, seeds, device)
     optimizer = torch.optim.Adam(parameters.values(), lr=SIZES["lr"], fused=True)
-    logs, train_seconds, started = [[] for _ in seeds], 0.0, time.perf_counter()
+    logs, train_seconds, started = {seed: [] for seed in seeds}, 0.0, time.perf_counter()
+    going_on = list(seeds)
     for step in range(steps + 1):  # as published: the last step is that of number 6000, after 6,000 others
         first = step * BATCH % len(labels)
         x, y = signals[:, first : first + BATCH], labels[first : first + BATCH]
-        logits = forward(parameters, x.expand(len(seeds), *x.shape))
-        losses = F.cross_entropy(logits, y.expand(len(seeds), -1), reduction="none")
+        logits = forward(parameters, x.expand(len(going_on), *x.shape))
+        losses = F.cross_entropy(logits, y.expand(len(going_on), -1), reduction="none")
         optimizer.zero_grad()
         losses.mean(dim=1).sum().backward()  # of each replica, the gradient of its own loss
         optimizer.step()
@@ -216,15 +217,31 @@ def train(model, order, validation, seeds, forward, device, steps, progress, sto
         if step % EVALUATE_EVERY == 0 or step == steps:
             train_seconds += time.perf_counter() - started
             for split, examples in splits.items():
-                for seed, log, loss, misses in zip(seeds, logs, *evaluate(forward, parameters, *examples)):
+                for seed, loss, misses in zip(going_on, *evaluate(forward, parameters, *examples)):
                     shown = (step + 1) * BATCH
                     facts = sum(misses), len(examples[1]), shown, train_seconds
                     entry = utils.evaluation(seed, shown // len(labels), split, loss, *facts)
-                    log.append({"step": step, **entry, "class_misses": misses})
-            if validation and all(chosen_step(log) <= step - PATIENCE for log in logs):
-                break
+                    logs[seed].append({"step": step, **entry, "class_misses": misses})
+            if validation:
+                kept = [k for k, seed in enumerate(going_on) if chosen_step(logs[seed]) > step - PATIENCE]
+                if not kept:
+                    break
+                if len(kept) < len(going_on):
+                    going_on = [going_on[k] for k in kept]
+                    parameters, optimizer = keep(kept, parameters, optimizer)
             started = time.perf_counter()
-    return [until(log, chosen_step(log)) for log in logs] if validation else logs
+    return [until(log, chosen_step(log)) if validation else log for log in logs.values()]
+
+
+def keep(replicas, parameters, optimizer):
+    """The parameters of these replicas alone, and an Adam that goes on with them."""
+    kept = {name: tensor.detach()[replicas].requires_grad_() for name, tensor in parameters.items()}
+    going_on = torch.optim.Adam(kept.values(), lr=SIZES["lr"], fused=True)
+    for old, new in zip(parameters.values(), kept.values()):
+        state = optimizer.state[old]
+        moments = {name: state[name][replicas] for name in ("exp_avg", "exp_avg_sq")}
+        going_on.state[new] = {"step": state["step"], **moments}
+    return kept, going_on
 
 
 def chosen_step(log):

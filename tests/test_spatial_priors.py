@@ -485,7 +485,15 @@ def test_a_stack_stops_as_each_of_its_replicas_alone(monkeypatch):
         table = [[int(misses[seed, number]), *9 * [0]] for seed in present]
         return [1.0] * len(present), table
 
+    keep = spatial_priors.keep
+
+    def noted(replicas, *others):
+        nonlocal present
+        present = [present[replica] for replica in replicas]
+        return keep(replicas, *others)
+
     monkeypatch.setattr(spatial_priors, "evaluate", scripted)
+    monkeypatch.setattr(spatial_priors, "keep", noted)
     present, progress = seeds, Progress()
     together = train("logistic", seeds, steps, validation=500, progress=progress)
     expected = [stopped_at(own.tolist(), 2, 8) for own in misses]
