@@ -248,6 +248,54 @@ def accuracy_curves(panels, published):
     return figure
 
 
+def layers_learning(running, title):
+    """Forward-Forward's layers after each pass, as seen while learning: losses, and pairs misordered."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharex=True)
+    passes = [entry["pass"] for entry in running]
+    for axis, quantity in zip(axes, ("layer_losses", "layer_errors")):
+        for number, values in enumerate(zip(*(entry[quantity] for entry in running))):
+            axis.plot(passes, values, label=f"layer {number + 1}", color=f"C{number}")
+        axis.set(xlabel="passes", yscale="log")
+        axis.grid(True)
+    axes[1].plot(passes, [entry["softmax_error"] for entry in running], "--", color="0.4", label="softmax")
+    axes[0].set(ylabel="a layer's own loss, of a pair", title=f"{title}: each layer by itself")
+    axes[1].set(ylabel="pairs misordered (%); digits missed, of the softmax")
+    axes[1].legend(fontsize="small")
+    return figure
+
+
+def goodness_histograms(right, wrong, title):
+    """Logits (layers, n) of the right label and of a wrong one, as histograms, a panel for each layer."""
+    figure, axes = plt.subplots(1, len(right), figsize=(10, 3.2), squeeze=False)
+    for number, (axis, *pair) in enumerate(zip(axes[0], right, wrong), start=1):
+        low, high = np.quantile(np.concatenate(pair), (0.005, 0.995))
+        for values, label in zip(pair, ("right label", "wrong label, hard")):
+            axis.hist(np.asarray(values), bins=np.linspace(low, high, 50), alpha=0.6, label=label)
+        axis.axvline(0, color="0.5", linestyle="--", linewidth=1)
+        axis.set(xlabel="goodness - threshold", title=f"layer {number}", yticks=[])
+    axes[0, 0].legend(fontsize="small")
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def activities(layers, goodness, labels, title):
+    """The units of each layer (2, width) as images, one for each of two labels, and the goodness logits
+    (layers, 10) of all labels. Of a seven, this is the article's figure."""
+    figure, axes = plt.subplots(len(layers), 3, figsize=(10, 2.6 * len(layers)), squeeze=False)
+    for number, (row, units, logits) in enumerate(zip(axes, layers, goodness), start=1):
+        columns = int(np.ceil(units.shape[1] ** 0.5))
+        padded = np.zeros((2, columns * columns))
+        padded[:, : units.shape[1]] = units
+        for axis, image, label in zip(row, padded, labels):
+            axis.imshow(image.reshape(columns, columns), vmin=0, vmax=padded.max())
+            axis.set(title=f"layer {number}, label {label}", xticks=[], yticks=[])
+        colours = ["C1" if label == labels[0] else "C0" for label in range(len(logits))]
+        row[2].bar(range(len(logits)), np.asarray(logits), color=colours)
+        row[2].set(title=f"layer {number}: goodness of each label", xticks=range(len(logits)))
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
 def kernels(kernels, title):
     """The kernels (n, height, width) of a layer, on one scale of grey."""
     limit = np.abs(kernels).max()

@@ -122,7 +122,6 @@ def build_mnist(root, draw, train_size=TRAIN_SIZE):
     """MNIST, bilinear to 16x16 without antialiasing, drawn as Karpathy's prepro.py draws it."""
     import torch
     import torch.nn.functional as F
-    from torchvision.datasets.mnist import read_image_file, read_label_file
 
     generator = np.random.RandomState(MNIST_SEED)
     chosen = {}
@@ -131,15 +130,32 @@ def build_mnist(root, draw, train_size=TRAIN_SIZE):
         chosen[split] = generator.permutation(population)[:size]
 
     arrays = []
-    for split in ("train", "test"):
-        # The files that were checked, and no other: torchvision's MNIST prefers a processed/ folder of old.
-        images_file, labels_file = SOURCES["mnist"][split == "test"]
-        images, labels = read_image_file(str(root / images_file)), read_label_file(str(root / labels_file))
+    for split, (images, labels) in read_mnist(root).items():
         images = images[chosen[split]].float()[:, None] / 127.5 - 1
         images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=False)
         arrays += [images[:, 0].numpy(), labels[chosen[split]].numpy()]
     how = {"data": "mnist", "draw": draw, "seed": MNIST_SEED, "resize": "bilinear, no antialiasing"}
     return Digits(*arrays, {**how, "sources": find_sources("mnist", root), "torch": torch.__version__})
+
+
+def read_mnist(root):
+    """split -> images (n, 28, 28) uint8 and labels (n,) int64, of train and test, as tensors."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    # The files that were checked, and no other: torchvision's MNIST prefers a processed/ folder of old.
+    files = dict(zip(("train", "test"), SOURCES["mnist"]))
+    return {
+        split: (read_image_file(str(root / images)), read_label_file(str(root / labels)))
+        for split, (images, labels) in files.items()
+    }
+
+
+def load_whole_mnist(data_root=None):
+    """MNIST as it is, 60,000 and 10,000 digits of 28x28 (`read_mnist`), downloaded where it is absent."""
+    root = find_root(data_root)
+    if not find_sources("mnist", root):
+        download("mnist", root)
+    return read_mnist(root)
 
 
 def build_usps(root):

@@ -142,7 +142,7 @@ def parse(parser, script, argv):
     flag("--seeds", default=1, type=count, help="replicas, from --seed on")
     flag("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="where it is computed")
     flag("--engine", default="auto", choices=("auto", "c", "torch"), help="what trains; auto: C on a CPU")
-    flag("--threads", default=cores(), type=count, help="replicas trained at a time, by the C engine")
+    flag("--threads", default=cores(), type=count, help="cores to train on")
     flag("--smoke", action="store_true", help="at most 2 passes over 500 digits: does everything run?")
     flag = parser.add_argument_group("output").add_argument
     flag(

@@ -1,0 +1,145 @@
+// What Forward-Forward does between its matrix products, each in one pass over memory.
+//
+// forward_forward.py says what is right, in PyTorch, which also computes the products, of which a layer's
+// gradient is one. Here is the rest: bias, label, ReLU, goodness and normalisation; the step; and jitter. -DBF16=1: activities, derivatives and the weights to multiply by are bfloat16, of
+// which a processor multiplies twice as many; sums, and the weights that learn, are float32 all the same.
+//
+// No function keeps anything from call to call, so that threads may call at once.
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t half_vec __attribute__((vector_size(2 * LANES)));
+
+#if BF16
+typedef uint16_t number;  // the upper half of a float
+
+INLINE vec widen(const number *p) {
+    half_vec upper;
+    memcpy(&upper, p, sizeof upper);
+    return (vec)(__builtin_convertvector(upper, uvec) << 16);
+}
+
+// To the nearest, ties to even, as PyTorch rounds; what is no number stays none.
+INLINE void narrow(number *p, vec x) {
+    uvec bits = (uvec)x;
+    uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    ivec is_number = x == x;
+    half_vec upper = __builtin_convertvector(((uvec)is_number & rounded) | (~(uvec)is_number & 0x7fc0), half_vec);
+    memcpy(p, &upper, sizeof upper);
+}
+#else
+typedef float number;
+
+INLINE vec widen(const number *p) {
+    vec x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+INLINE void narrow(number *p, vec x) { memcpy(p, &x, sizeof x); }
+#endif
+
+// The same for the last vector of a row, of which only so many lanes are there; the others read 0.
+
+INLINE vec load(const number *p, int64_t lanes) {
+    if (lanes >= LANES) return widen(p);
+    number padded[LANES] = {0};
+    memcpy(padded, p, lanes * sizeof *p);
+    return widen(padded);
+}
+
+INLINE void store(number *p, vec x, int64_t lanes) {
+    if (lanes >= LANES) {
+        narrow(p, x);
+        return;
+    }
+    number padded[LANES];
+    narrow(padded, x);
+    memcpy(p, padded, lanes * sizeof *p);
+}
+
+INLINE vec load_float(const float *p, int64_t lanes) {
+    vec x = {0};
+    memcpy(&x, p, (lanes < LANES ? lanes : LANES) * sizeof *p);
+    return x;
+}
+
+INLINE void store_float(float *p, vec x, int64_t lanes) {
+    memcpy(p, &x, (lanes < LANES ? lanes : LANES) * sizeof *p);
+}
+
+INLINE float sum(vec x) {
+    float total = 0;
+    for (int lane = 0; lane < LANES; lane++) total += x[lane];
+    return total;
+}
+
+// x where it is positive, else 0; what is no number stays none.
+INLINE vec relu(vec x) { return (vec)((ivec)x & ~(x < 0)); }
+
+// h[r] = relu(products[r mod m] + added[labels[r]]), r < n; goodness[r] is the sum of its squares, or, where
+// `linear`, of h itself; passed_on[r] is h[r] by the root of the mean of its squares (NULL: not wanted).
+void activate(const number *restrict products, int64_t m, const float *restrict added,
+              const int64_t *restrict labels, int64_t n, int64_t width, int64_t linear, number *restrict h,
+              number *restrict passed_on, float *restrict goodness) {
+    for (int64_t r = 0; r < n; r++) {
+        const number *from = products + r % m * width;
+        const float *add = added + labels[r] * width;
+        number *to = h + r * width;
+        vec squares = {0}, total = {0};
+        for (int64_t i = 0; i < width; i += LANES) {
+            vec x = relu(load(from + i, width - i) + load_float(add + i, width - i));
+            store(to + i, x, width - i);
+            squares += x * x;
+            total += x;
+        }
+        float square = sum(squares);
+        goodness[r] = linear ? sum(total) : square;
+        if (!passed_on) continue;
+        float scale = 1 / sqrtf(square / (float)width + 1e-8f);
+        for (int64_t i = 0; i < width; i += LANES)
+            store(passed_on + r * width + i, scale * load(to + i, width - i), width - i);
+    }
+}
+
+// One step up the gradient, which comes as so many parts: v smooths scale * their sum, and w follows v and
+// decays; `rounded` is w to multiply by.
+void update(float *restrict w, float *restrict v, number *restrict rounded, const number *const *parts,
+            int64_t count, int64_t n, float scale, float smoothing, float lr, float weight_decay) {
+    float kept = 1 - lr * weight_decay, fresh = (1 - smoothing) * scale;
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec gradient = load(parts[0] + i, n - i);
+        for (int64_t part = 1; part < count; part++) gradient += load(parts[part] + i, n - i);
+        vec smooth = smoothing * load_float(v + i, n - i) + fresh * gradient;
+        vec weights = kept * load_float(w + i, n - i) + lr * smooth;
+        store_float(v + i, smooth, n - i);
+        store_float(w + i, weights, n - i);
+        store(rounded + i, weights, n - i);
+    }
+}
+
+// shifted[r] is image chosen[r] moved down by shifts[r][0] rows and right by shifts[r][1] columns; 0 comes in,
+// and the first ten inputs are left to the label.
+void shift(const number *restrict images, int64_t height, int64_t width, const int64_t *restrict chosen,
+           const int64_t *restrict shifts, int64_t n, number *restrict shifted) {
+    memset(shifted, 0, n * height * width * sizeof *shifted);
+    for (int64_t r = 0; r < n; r++) {
+        const number *from = images + chosen[r] * height * width;
+        number *to = shifted + r * height * width;
+        int64_t down = shifts[2 * r], right = shifts[2 * r + 1];
+        int64_t left_out = right < 0 ? -right : 0, start = right > 0 ? right : 0, length = width - left_out - start;
+        for (int64_t y = 0; y < height; y++) {
+            if (y - down < 0 || y - down >= height || length <= 0) continue;
+            memcpy(to + y * width + start, from + (y - down) * width + left_out, length * sizeof *to);
+        }
+        memset(to, 0, 10 * sizeof *to);
+    }
+}

@@ -1,0 +1,97 @@
+"""The C engine of Forward-Forward: forward_forward.c behind checks of all that is handed to it."""
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+from kernels import build
+
+SOURCE = Path(__file__).with_name("forward_forward.c")
+LABELS = 10
+
+
+class Kernels:
+    """What Forward-Forward does between its products, compiled: build.Unavailable where that cannot be done.
+
+    `dtype`, float32 or bfloat16, is that of products, activities, derivatives and rounded weights; all else
+    is float32, labels int64. Tensors are on the CPU and contiguous, or a ValueError says which is not.
+    forward_forward.Reference has the same methods, and says what they compute.
+    """
+
+    def __init__(self, dtype, target=None):
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype {dtype} is neither float32 nor bfloat16")
+        self.dtype = dtype
+        library = build.library(SOURCE, {"BF16": int(dtype == torch.bfloat16)}, target)
+        address, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+        self._activate, self._update, self._shift = library.activate, library.update, library.shift
+        self._activate.argtypes = [
+            address, integer, address, address, integer, integer, integer, address, address, address
+        ]  # fmt: skip
+        self._update.argtypes = [address, address, address, address, integer, integer, real, real, real, real]
+        self._shift.argtypes = [address, integer, integer, address, address, integer, address]
+        for function in (self._activate, self._update, self._shift):
+            function.restype = None
+
+    def activate(self, products, added, labels, linear=False):
+        m, width = _shape("products", products, 2)
+        n, single = len(labels), torch.float32
+        h, passed_on = torch.empty(n, width, dtype=self.dtype), torch.empty(n, width, dtype=self.dtype)
+        goodness = torch.empty(n)
+        _check("products", products, self.dtype, (m, width))
+        _check("added", added, single, (len(added), width))
+        _check("labels", labels, torch.int64, (n,))
+        if n and not (m and 0 <= int(labels.min()) <= int(labels.max()) < len(added)):
+            raise ValueError(f"labels: not all from 0 to {len(added) - 1}, or there are no products")
+        self._activate(
+            products.data_ptr(), m, added.data_ptr(), labels.data_ptr(), n, width, int(linear),
+            h.data_ptr(), passed_on.data_ptr(), goodness.data_ptr(),
+        )  # fmt: skip
+        return h, passed_on, goodness
+
+    def update(self, weights, smooth, rounded, parts, scale, smoothing, lr, weight_decay):
+        (n,), single = _shape("weights", weights, 1), torch.float32
+        _check("weights", weights, single, (n,))
+        _check("smooth", smooth, single, (n,))
+        _check("rounded", rounded, self.dtype, (n,))
+        for part in parts:
+            _check("gradient", part, self.dtype, (n,))
+        if not parts:
+            raise ValueError("gradient: it has no parts")
+        addresses = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
+        self._update(
+            weights.data_ptr(), smooth.data_ptr(), rounded.data_ptr(), addresses, len(parts), n,
+            scale, smoothing, lr, weight_decay,
+        )  # fmt: skip
+
+    def shift(self, images, chosen, shifts):
+        count, height, width = _shape("images", images, 3)
+        n = len(chosen)
+        _check("images", images, self.dtype, (count, height, width))
+        _check("chosen", chosen, torch.int64, (n,))
+        _check("shifts", shifts, torch.int64, (n, 2))
+        if n and not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
+            raise ValueError(f"chosen: not all from 0 to {count - 1}")
+        if height * width < LABELS:
+            raise ValueError(f"images: {height}x{width} has no room for {LABELS} labels")
+        shifted = torch.empty(n, height * width, dtype=self.dtype)
+        self._shift(
+            images.data_ptr(), height, width, chosen.data_ptr(), shifts.data_ptr(), n, shifted.data_ptr()
+        )
+        return shifted
+
+
+def _shape(what, tensor, rank):
+    """The tensor's shape, if it has so many dimensions."""
+    if tensor.dim() != rank:
+        raise ValueError(f"{what}: {tensor.dim()} dimensions and not {rank}")
+    return tensor.shape
+
+
+def _check(what, tensor, dtype, shape):
+    """Raise ValueError unless C may be given the tensor's address."""
+    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{what}: {tensor.dtype} {tuple(tensor.shape)} and not {dtype} {tuple(shape)}")
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(f"{what}: not contiguous, or not on the CPU")
