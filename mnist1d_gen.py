@@ -102,12 +102,8 @@ class HistoricStream:
         self.permutation = self.generator.permutation
 
     def draw(self, n, arguments):
-        length, shifts = arguments.length, arguments.max_translation
-        uniform, whole, normal = (
-            self.generator.random_sample,
-            self.generator.randint,
-            self.generator.standard_normal,
-        )
+        length, shifts, of = arguments.length, arguments.max_translation, self.generator
+        uniform, whole, normal = of.random_sample, of.randint, of.standard_normal
         chance = Chance(np.empty(n), np.empty(n), np.empty(n, int), np.empty((n, 2 * length)), np.empty(n))
         pad, scale, shift, noise, shear = chance
         for i in range(n):
