@@ -316,3 +316,46 @@ def digit_gallery(images, labels, name, columns=20):
     axis.set(title=f"{name}: the first digits of each class to train on")
     axis.axis("off")
     return figure
+
+
+def rungs(values, published, label, title):
+    """A bar for each rung of a ladder, from the top: the mean of its `values`, and a point for each of them.
+
+    `published` is drawn dashed.
+    """
+    figure, axis = plt.subplots(figsize=(10, 0.4 * len(values) + 1.4))
+    for row, own in enumerate(values.values()):
+        axis.barh(row, np.mean(own), color="C0", alpha=0.6)
+        axis.plot(own, [row] * len(own), "o", color="C0", markersize=3)
+        axis.text(max(own), row, f"  {np.mean(own):.2f}", va="center", fontsize="small")
+    axis.axvline(published, color="0.5", linestyle="--", linewidth=1)
+    top = axis.get_xaxis_transform()  # x in data units, y as a fraction of the axis
+    axis.text(published, 1.01, f"published: {published:g}", transform=top, color="0.4", fontsize="small")
+    axis.set(xlabel=label, xscale="log")
+    axis.set_title(f"{title} (bars: means, points: seeds)", pad=18)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1.5, 0.5)))
+    axis.set_yticks(range(len(values)), values)
+    axis.invert_yaxis()
+    axis.margins(x=0.1)
+    axis.grid(True, axis="x")
+    return figure
+
+
+def heat_maps(panels, columns, rows, xlabel, ylabel, title):
+    """A panel for each name of `panels`: its values (rows, columns) in percent as numbers on grey."""
+    figure, axes = plt.subplots(len(panels), 1, figsize=(10, 1.3 * len(panels) + 0.8), squeeze=False)
+    for axis, (name, values) in zip(axes[:, 0], panels.items()):
+        # Logarithmic, for what matters is at the low end.
+        axis.imshow(np.log(np.maximum(values, 0.1)), vmin=0, vmax=np.log(100), aspect="auto")
+        for (row, column), value in np.ndenumerate(np.asarray(values)):
+            colour = "white" if value > 10 else "black"  # that it is read on a dark cell too
+            axis.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize="small")
+        axis.set_title(name, fontsize="medium")
+        axis.set_xticks(range(len(columns)), columns)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set_ylabel(ylabel)
+        axis.label_outer()
+    axes[-1, 0].set_xlabel(xlabel)
+    figure.suptitle(title, fontsize="medium")
+    return figure
