@@ -217,6 +217,8 @@ def train(model, order, validation, seeds, forward, device, steps, progress, sto
         if step % EVALUATE_EVERY == 0 or step == steps:
             train_seconds += time.perf_counter() - started
             for split, examples in splits.items():
+                if split == "train" and step < steps and not validation:
+                    continue  # of these, only the last will be looked at
                 for seed, loss, misses in zip(going_on, *evaluate(forward, parameters, *examples)):
                     shown = (step + 1) * BATCH
                     facts = sum(misses), len(examples[1]), shown, train_seconds
