@@ -309,6 +309,8 @@ def test_training_is_the_plain_loop(model, engine, order, validation, steps, mon
     for replica, log in enumerate(logs):
         expected, gradients = plain_loop(model, 8 + replica, steps, 5, order, validation)
         expected = [entry for entry in expected if entry[0] <= log[-1]["step"]]
+        if not validation:  # then what was learned from is looked at after the last step alone
+            expected = [entry for entry in expected if entry[1] != "train" or entry[0] == steps]
         assert [(entry["step"], entry["split"]) for entry in log] == [entry[:2] for entry in expected]
         assert len({entry["step"] for entry in log}) > 1
         for entry, (_, _, loss, misses) in zip(log, expected):
@@ -329,12 +331,17 @@ def test_a_stack_of_replicas_is_each_of_them_alone(model, engine, monkeypatch):
     monkeypatch.setattr(spatial_priors, "EVALUATE_EVERY", 4)
     steps = 8
     together = train(model, [2, 0, 11], steps, engine)
-    assert [[entry["step"] for entry in log[::2]] for log in together] == 3 * [[0, 4, 8]]
+    assert [steps_of(log) for log in together] == 3 * [[0, 4, 8]]
     for seed, log in zip((2, 0, 11), together):
         (alone,) = train(model, [seed], steps, engine)
         close_logs(log, alone, loss=1e-7, misses=1)
     with pytest.raises(AssertionError):
         close_logs(together[0], together[1], loss=1e-7, misses=1)
+
+
+def steps_of(log):
+    """After which steps the test set was looked at."""
+    return [entry["step"] for entry in log if entry["split"] == "test"]
 
 
 def close_logs(ours, expected, loss, misses):
@@ -382,7 +389,10 @@ def test_updates_and_evaluations(validation, monkeypatch):
     for log in logs:
         steps = [0, 250, 500] if not validation else sorted({entry["step"] for entry in log})
         assert [(e["step"], e["split"], e["n"]) for e in log] == [
-            (t, *split) for t in steps for split in splits.items()
+            (t, *split)
+            for t in steps
+            for split in splits.items()
+            if validation or t == 500 or split[0] == "test"
         ]
         for entry in log:
             assert entry["presentations"] == 100 * (entry["step"] + 1)
@@ -524,7 +534,7 @@ def test_without_validation_nothing_stops_before_the_end(monkeypatch):
     monkeypatch.setattr(spatial_priors, "EVALUATE_EVERY", 2)
     monkeypatch.setattr(spatial_priors, "PATIENCE", 2)
     (log,) = train("logistic", [0], 40)
-    assert [entry["step"] for entry in log[::2]] == list(range(0, 41, 2))
+    assert steps_of(log) == list(range(0, 41, 2))
 
 
 def test_training_that_is_told_to_stop_gives_nothing():
@@ -695,9 +705,9 @@ def test_a_smoke_test_writes_every_run(smoke):
         assert run["engine"] == ("c" if model == "gru" and isinstance(c_engine(), Gru) else "torch")
         for seed in (0, 1):
             log = utils.read_log(smoke.out / name / f"seed{seed}.jsonl")
-            splits = 3 if "validation" in name else 2
-            steps = [entry["step"] for entry in log[::splits]]
-            assert steps == [0, 4, 8, 12, 16, 20][: len(steps)] and len(log) == splits * len(steps)
+            steps = steps_of(log)
+            assert steps == [0, 4, 8, 12, 16, 20][: len(steps)]
+            assert len(log) == (3 * len(steps) if "validation" in name else len(steps) + 1)
             assert "validation" in name or len(steps) == 6
     tables = smoke.done.stdout.strip().split("\n\n")
     assert [table.splitlines()[0].split("|")[1].strip() for table in tables] == ["signals", "error (%)"]
@@ -890,7 +900,10 @@ def test_the_committed_runs_followed_the_protocol():
             splits = ["train", *["validation"] * bool(validation), "test"]
             last = log[-1]["step"]
             assert [(e["step"], e["split"]) for e in log] == [
-                (step, split) for step in range(0, last + 1, 250) for split in splits
+                (step, split)
+                for step in range(0, last + 1, 250)
+                for split in splits
+                if validation or step == 6000 or split == "test"
             ]
             assert last == 6000 if not validation else spatial_priors.chosen_step(log) == last
             for entry in log:
