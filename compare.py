@@ -23,7 +23,7 @@ import modern
 import utils
 
 DIGITS = ("lecun1989", "karpathy2022")
-SOURCES = (*DIGITS, "mnist1d")  # of the others, the README has the table of their own script
+SOURCES = (*DIGITS, "mnist1d", "ff")  # of mnist1d, the README has the table of its own script
 HEAD = ("number", "published", "ours, mean ± sd", "min to max", "ours below it", "verdict")
 AGREES, DIFFERS, EXPLAINED = "agrees", "**differs**", "differs, as expected"
 
@@ -194,9 +194,9 @@ def without_runs(rows):
     return {f"{source}.{key}": row["title"] for source, key, row, _ in rows if (source, key) not in held}
 
 
-def markdown_table(rows):
-    """The README's table for digits: of the runs of a row, that of the most seeds."""
-    rows = [row for row in rows if row[0] in DIGITS]
+def markdown_table(rows, sources=DIGITS):
+    """The README's table of some sources: of the runs of a row, that of the most seeds."""
+    rows = [row for row in rows if row[0] in sources]
     head = ("published result", "our run", *HEAD)
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for source, _, row, runs in rows:
@@ -285,6 +285,8 @@ def main(argv=None):
     if args.markdown:
         utils.update_readme(utils.ROOT / "README.md", "compare.py", markdown_table(rows))
         utils.update_readme(utils.ROOT / "README.md", "compare.py, the changes", ladder_table(runs))
+        learnt = markdown_table(rows, ("ff",))
+        utils.update_readme(utils.ROOT / "README.md", "compare.py, Forward-Forward", learnt)
     differing = [
         f"{source}.{key}.{comparison.quantity}"
         for source, key, row, runs in rows

@@ -408,12 +408,15 @@ def committed_runs():
     return {f"{source}.{key}": runs[0] for source, key, _, runs in reversed(committed()) if runs}
 
 
-def test_the_readme_has_the_table_of_the_results():
-    rows = committed()
+@pytest.mark.parametrize(
+    "name, sources", [("compare.py", compare.DIGITS), ("compare.py, Forward-Forward", ("ff",))]
+)
+def test_the_readme_has_the_table_of_the_results(name, sources):
+    ours = compare.markdown_table(committed(), sources)
     readme = (ROOT / "README.md").read_text()
-    begin, end = utils.readme_markers("compare.py")
+    begin, end = utils.readme_markers(name)
     table = readme.split(begin)[1].split(end)[0].strip()
-    assert table == compare.markdown_table(rows), "the README is stale: run python compare.py --markdown"
+    assert table == ours, "the README is stale: run python compare.py --markdown"
 
 
 def test_the_readme_has_the_table_of_the_changes():
