@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,16 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_NETWORK = {
     name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 }
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch):
+    """What a script may set for its whole process, and the next test is not to find: oneDNN switched off, and
+    the opener of URLs, which keeps the proxies of its first request."""
+    monkeypatch.setattr(urllib.request, "_opener", None)
+    enabled = torch.backends.mkldnn.enabled
+    yield
+    torch.backends.mkldnn.enabled = enabled
 
 
 def run_script(name, *flags, limit=None, **environment):
