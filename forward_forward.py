@@ -642,7 +642,8 @@ def main(argv=None):
     errors = [entry["error"] for entry in last]
     spread = f" ± {np.std(errors, ddof=1):.2f}" if len(errors) > 1 else ""
     seconds = np.median([entry["train_seconds"] for entry in last])
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, elsewhere kilobytes
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     print(
         f"{name}: {split} error {np.mean(errors):.2f}%{spread}, {len(errors)} seed{'s' * (len(errors) > 1)}, "
         f"{seconds:.1f} s of training, {memory:.1f} GB of memory at most"
