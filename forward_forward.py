@@ -2,6 +2,7 @@
 
     python forward_forward.py                              # MNIST, moved by up to a pixel: a minute
     python forward_forward.py --as permutation-invariant   # the pixels could be in any order: three minutes
+    python forward_forward.py --as article                 # a well-known way not to do it: half an hour
 
 Every image is shown twice: with its own label written over its first ten pixels (positive), and with a wrong
 one (negative). Each layer learns by itself to tell them apart by its *goodness*, the sum of its squared
@@ -550,6 +551,23 @@ SETTINGS = {
 }
 
 
+def as_article(args, asked):
+    """Run an article's protocol, which has little in common with this: it is a study of its own."""
+    from studies import ff_article  # which imports this file
+
+    wanted = {"data": args.data != "mnist", "validation": args.validation, "read-out": args.read_out != "all"}
+    wanted |= {name.replace("_", "-"): True for name in asked if name not in ("epochs", "batch_size")}
+    if strange := [f"--{name}" for name, is_set in wanted.items() if is_set]:
+        raise utils.BadRequest(f"{', '.join(strange)}: not with --as article, which says what it is.")
+    argv = ["--rungs", "as-written", "--steps", str(args.epochs or ff_article.STEPS)]
+    names = "data_root", "batch_size", "seed", "seeds", "device", "engine", "precision", "threads", "out"
+    for name in names:
+        if getattr(args, name) is not None:
+            argv += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    argv += [f"--{name}" for name in ("smoke", "quiet") if getattr(args, name)]
+    return ff_article.main(argv)
+
+
 def add_recipe_flags(parser):
     """A flag for every field of the recipe; one that is not given is None."""
     above, at_least = (functools.partial(utils.number, float), functools.partial(utils.number, int))
@@ -588,7 +606,8 @@ def main(argv=None):
     flag(
         "--validation", default=0, type=size, help="so many of those to train on in the place of the test set"
     )
-    flag("--as", default="ours", choices=tuple(SETTINGS), help="whose recipe")
+    whose = "whose recipe; article: that of studies/ff_article.py, of which --epochs are the steps on a batch"
+    flag("--as", default="ours", choices=(*SETTINGS, "article"), help=whose)
     flag(
         "--read-out",
         default="all",
@@ -600,6 +619,8 @@ def main(argv=None):
     args = utils.parse(parser, "forward_forward", argv)
 
     asked = {name: getattr(args, name) for name in Recipe._fields if getattr(args, name) is not None}
+    if getattr(args, "as") == "article":
+        return as_article(args, asked)
     preset = Recipe(**SETTINGS[getattr(args, "as")])
     recipe = preset._replace(**asked)
     if args.data == "mnist1d":

@@ -3,7 +3,7 @@
     python studies/ff_article.py                                          # the ladder, after as-written
     python studies/ff_article.py --rungs as-written                       # the article, 1,000 steps a batch
     python studies/ff_article.py --rungs as-written --batch-size 10000    # its other reading
-    python studies/ff_article.py --rungs 4x2000                           # its attempt at Hinton's network
+    python studies/ff_article.py --rungs 4x2000 --steps 50                # its attempt at Hinton's network
     python studies/ff_article.py --markdown                               # puts the table into the README
 
 The article (Neoflex, Habr 719496; `article` and `article-4x2000` in reference/ff.toml) trains two layers of
@@ -24,6 +24,7 @@ the article's 60 million to 1.8 million. Rungs that have finished are not run ag
 stopped no seed that had finished.
 """
 
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -48,7 +49,8 @@ FOLDER = utils.ROOT / "results" / "ff_article"
 PUBLISHED = utils.reference("ff")
 LABELS = forward_forward.LABELS
 SEED, SEEDS = 1234, 3  # the first is the article's, but its negatives came of a generator that had no seed
-STEPS = 1000
+LONG_SEEDS = 1  # of what takes half an hour or more
+STEPS, FEW = 1000, 50  # on each batch; of 4x2000 some hours, and twenty minutes
 PRESENTATIONS = 1_800_000  # to each layer: 30 passes
 SMOKE_DIGITS, SMOKE_PASSES = 500, 2
 MEAN, SD = 0.1307, 0.3081  # of MNIST's pixels, as everybody has them
@@ -435,8 +437,18 @@ def load(data_root, smoke):
     return splits, digest.hexdigest()
 
 
+def having(args, **changes):
+    """The flags, some of them other than they are."""
+    return argparse.Namespace(**vars(args) | changes)
+
+
+def seeds_of(rung, args):
+    return args.seeds or (SEEDS if rung in LADDER else LONG_SEEDS)
+
+
 def settle(rung, batch_size, args):
     """The folder of a rung's run, its settings, and its Protocol. `batch_size`: of the article's rungs."""
+    args = having(args, seeds=seeds_of(rung, args))
     passes = max(1, args.presentations // 60_000)
     protocol = make_protocol(rung, args.steps, batch_size, passes)
     settings = {"rung": rung}
@@ -477,6 +489,7 @@ def kept_logs(folder, described):
 def run(job, args, splits, sha256, progress):
     """Train and log the replicas of a (rung, batch size), unless that has been done."""
     folder, settings, protocol = settle(*job, args)
+    args = having(args, seeds=seeds_of(job[0], args))
     ours = protocol.optimizer == "smoothed"
     facts = {"engine": args.engine_name if ours else "torch", "threads": args.threads}
     facts |= {"protocol": protocol._asdict()} | ({"recipe": make_recipe(protocol)._asdict()} if ours else {})
@@ -503,10 +516,11 @@ def work(protocol, splits):
 
 
 def read_runs(args):
-    """(rung, batch size) -> the logs of its replicas, of all runs that have finished."""
-    sizes = dict.fromkeys([None, 10_000, args.batch_size])
-    jobs = [(rung, size) for rung in ARTICLE for size in sizes] + [(rung, None) for rung in LADDER]
-    folders = {job: settle(*job, args)[0] for job in jobs}
+    """(rung, batch size, steps) -> the logs of its replicas, of all runs that have finished."""
+    sizes, steps = dict.fromkeys([None, 10_000, args.batch_size]), dict.fromkeys([STEPS, FEW, args.steps])
+    jobs = [(rung, size, count) for rung in ARTICLE for size in sizes for count in steps]
+    jobs += [(rung, None, args.steps) for rung in LADDER]
+    folders = {job: settle(*job[:2], having(args, steps=job[2]))[0] for job in jobs}
     done = {job: folder for job, folder in folders.items() if utils.finished(folder, args.smoke)}
     return {job: list(compare.read_run(folder).logs.values()) for job, folder in done.items()}
 
@@ -536,14 +550,14 @@ def updates(protocol, n=60_000):
     return protocol.passes * -(-n // protocol.batch_size)
 
 
-def say_rung(rung, batch_size, args):
+def say_rung(rung, batch_size, steps, args):
     """What a rung is, in words."""
     if rung == "4x2000":
-        what = "the article's attempt at 4 layers of 2,000, read without the first"
+        what = "the article's attempt at 4 layers of 2,000, read without the first: 1,000 steps on each batch"
     else:
         what = RUNGS[rung][0]
     if rung in ARTICLE:
-        what = what.replace("1,000", f"{args.steps:,}") + (f", of {batch_size:,}" if batch_size else "")
+        what = what.replace("1,000", f"{steps:,}") + (f", of {batch_size:,}" if batch_size else "")
     elif rung == "short":
         what = what.replace("30", str(max(1, args.presentations // 60_000)))
     return what if rung in ARTICLE else f"+ {what}"
@@ -560,22 +574,22 @@ def table(runs, args):
         error = f"{entry['test_error']}%" if "test_error" in entry else f"≈{entry['approximate_test_error']}%"
         what = "published" + (", 4x2000" if row == "article-4x2000" else "")
         lines.append(f"| {what} | | {train_error} | {error} | | | | |")
-    for (rung, batch_size), logs in runs.items():
-        protocol = settle(rung, batch_size, args)[2]
+    for (rung, batch_size, steps), logs in runs.items():
+        protocol = settle(rung, batch_size, having(args, steps=steps))[2]
         last = [utils.last_evaluations(log) for log in logs]
         errors = {split: [entry[split]["error"] for entry in last] for split in ("train", "test")}
         pairs = zip(*(mean_of(logs, "test", "mean_squares", kind) for kind in ("right", "wrong")))
-        cells = [say_rung(rung, batch_size, args), f"{updates(protocol, len_of(logs)):,}"]
+        cells = [say_rung(rung, batch_size, steps, args), f"{updates(protocol, len_of(logs)):,}"]
         cells += [spread(errors["train"]), spread(errors["test"])]
         cells += [f"{mean_of(logs, 'test', 'errors', way):.2f}" for way in ("first", "skip-first")]
         cells += [", ".join(f"{share:.0f}%" for share in mean_of(logs, "test", "silent_units"))]
         cells += [", ".join(f"{right:.2f} / {wrong:.2f}" for right, wrong in pairs)]
         lines.append(f"| {' | '.join(cells)} |")
-    for (rung, batch_size), logs in runs.items():
+    for (rung, batch_size, steps), logs in runs.items():
         if rung == "as-written":
             last = statistics.mean(utils.last_evaluations(log)["train"]["last_batch_error"] for log in logs)
-            which = f"batches of {batch_size or Protocol().batch_size:,}"
-            lines += ["", f"Training error of the last batch alone, as written, {which}: {last:.2f}%."]
+            which = f"{steps:,} steps on batches of {batch_size or Protocol().batch_size:,}"
+            lines += ["", f"Training error of the last batch alone, {which}: {last:.2f}%."]
     return "\n".join(lines)
 
 
@@ -589,13 +603,14 @@ def draw(runs, args):
     import figures
 
     values = {
-        f"{job[0]}{f', {job[1]:,}' if job[1] else ''}": [
+        ", ".join([job[0], *(f"{size:,}" for size in job[1:2] if size)]): [
             utils.last_evaluations(log)["test"]["error"] for log in logs
         ]
         for job, logs in runs.items()
     }
     published = PUBLISHED["article"]["test_error"]
-    title = f"from the article to forward_forward.py, {args.seeds} seed{'s' * (args.seeds > 1)}"
+    seeds = seeds_of(LADDER[0], args)
+    title = f"from the article to forward_forward.py, {seeds} seed{'s' * (seeds > 1)}"
     figure = figures.rungs(values, published, "test error (%)", title)
     figures.save(figure, args.out / "ff_article.png")
 
@@ -623,7 +638,8 @@ def parse(argv=None):
     shown = whole(at_least=60_000, at_most=10**9)
     flag("--presentations", default=PRESENTATIONS, type=shown, help="to each layer, of all other rungs")
     flag("--seed", default=SEED, type=whole(at_least=0, at_most=2**31), help="of the first replica")
-    flag("--seeds", default=SEEDS, type=whole(at_least=1, at_most=10**4), help="replicas of each rung")
+    of_each = f"replicas of each rung (default: {SEEDS}; of as-written and 4x2000 {LONG_SEEDS})"
+    flag("--seeds", type=whole(at_least=1, at_most=10**4), help=of_each)
     flag("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="where it is computed")
     flag("--engine", default="auto", choices=("auto", "c", "torch"), help="of the rungs after ssq")
     flag("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the matrix products")
@@ -655,7 +671,7 @@ def main(argv=None):
     jobs = [job for job in jobs if not utils.finished(settle(*job, args)[0], args.smoke)]
     if jobs:
         splits, sha256 = load(args.data_root, args.smoke)
-        total = args.seeds * sum(work(settle(*job, args)[2], splits) for job in jobs)
+        total = sum(seeds_of(job[0], args) * work(settle(*job, args)[2], splits) for job in jobs)
         bar = tqdm(total=total, unit="digit", unit_scale=True, disable=args.quiet or None)
         with bar as progress, torch.inference_mode():
             for job in jobs:

@@ -321,6 +321,22 @@ def test_a_smoke_test_runs_every_kind_of_rung_and_keeps_it(digits, tmp_path, cap
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_forward_forward_runs_the_article_too(digits, tmp_path, capsys):
+    flags = ["--as", "article", "--threads", "1", "--quiet", "--seed", "7", "--out", str(tmp_path)]
+    assert forward_forward.main([*flags, "--smoke"]) == 0
+    capsys.readouterr()
+    assert forward_forward.main([*flags, "--epochs", "3", "--batch-size", "250"]) == 0
+    out = capsys.readouterr().out
+    assert "3 steps on each batch, of 250 |" in out and "3 steps on batches of 250" in out
+    runs = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/run.json")}
+    assert set(runs) == {"as-written-seed7", "as-written-batch-size250-steps3-seed7"}
+    run = runs["as-written-batch-size250-steps3-seed7"]
+    assert run["protocol"] == make_protocol("as-written", 3, 250)._asdict() and run["seeds"] == [7]
+    for wrong in (["--layers", "3"], ["--jitter", "0"], ["--data", "usps"], ["--validation", "5"]):
+        assert forward_forward.main([*flags, *wrong]) == 2
+        one_sentence(capsys.readouterr().err, wrong[0])
+
+
 def test_seeds_that_had_finished_are_not_trained_again(digits, tmp_path, monkeypatch, capsys):
     flags = ["--rungs", "ssq", "--presentations", "60000", "--seeds", "2", "--out", str(tmp_path)]
     flags += ["--quiet", "--threads", "1"]
