@@ -543,10 +543,11 @@ def draw(network, log, splits, shape, name, folder):
         )
 
 
+STILL = {"jitter": 0, "batch_size": 100, "lr": 0.005, "weight_decay": 1e-2}  # what images that stay put want
 SETTINGS = {
     "ours": {},
-    "permutation-invariant": {"width": 1000, "epochs": 100, "jitter": 0, "weight_decay": 1e-2},
-    "hinton": {"layers": 4, "width": 2000, "epochs": 60, "jitter": 0, "weight_decay": 1e-2},
+    "permutation-invariant": {"width": 1000, "epochs": 90} | STILL,
+    "hinton": {"layers": 4, "width": 2000, "epochs": 60} | STILL,
     "hinton-jitter": {"layers": 4, "width": 2000, "epochs": 500, "jitter": 2},
 }
 

@@ -88,7 +88,7 @@ class Scale(NamedTuple):
     depths: tuple = (2, 4, 8, 16, 32, 64)
     deep_width: int = 500
     deep_batch: int = 1000
-    budgets: tuple = (5, 10, 20, 40)  # seconds
+    budgets: tuple = (5, 10, 20)  # seconds
     choosing_budget: float = 10
     timed_width: int = 500
 

@@ -253,7 +253,7 @@ def test_the_article_is_as_published():
 def test_the_last_rung_is_the_recipe_of_forward_forward():
     recipe = ff_article.make_recipe(make_protocol(LADDER[-1]))
     ours = forward_forward.Recipe()
-    own = {"width": 512, "epochs": 30, "layers": 2}
+    own = {"width": 512, "epochs": 20, "layers": 2}
     article = {"negatives": "hard", "goodness": "ssq", "threshold": 1.0, "batch_size": 100}
     assert recipe == ours._replace(**own, **article)
     before = ff_article.make_recipe(make_protocol("label"))
