@@ -785,7 +785,8 @@ def asked_by(monkeypatch):
         raise utils.RunFailed("far enough")
 
     monkeypatch.setattr(utils, "run_folder", stop)
-    monkeypatch.setattr(ff, "load", lambda *given: strokes())
+    loaded = strokes()
+    monkeypatch.setattr(ff, "load", lambda *given: loaded)
 
     def ask(*flags):
         assert ff.main(["--data", "strokes", *map(str, flags)]) == 1
@@ -813,6 +814,13 @@ def test_every_flag_of_the_recipe_is_used(asked_by):
     assert asked_by()["recipe"] == ff.Recipe()._asdict()
     for name, value in ff.Recipe()._asdict().items():  # what is given as it is anyway names nothing
         assert asked_by(f"--{name.replace('_', '-')}", value)["settings"] == asked_by()["settings"]
+
+
+def test_every_goodness_has_a_rate_at_which_it_learns(asked_by):
+    for goodness, suited in ff.SUITED.items():
+        recipe = ff.Recipe()._replace(goodness=goodness, **suited)._asdict()
+        assert asked_by("--goodness", goodness)["recipe"] == recipe != ff.Recipe()._asdict()
+        assert asked_by("--goodness", goodness, "--lr", 0.5)["recipe"] == recipe | {"lr": 0.5}
 
 
 def test_the_recipe_of_another_can_be_changed(asked_by):
