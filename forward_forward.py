@@ -543,7 +543,7 @@ def draw(network, log, splits, shape, name, folder):
         )
 
 
-STILL = {"jitter": 0, "batch_size": 100, "lr": 0.005, "weight_decay": 1e-2}  # what images that stay put want
+STILL = {"jitter": 0, "batch_size": 100, "lr": 0.01, "weight_decay": 1e-2}  # what images that stay put want
 SETTINGS = {
     "ours": {},
     "permutation-invariant": {"width": 1000, "epochs": 90} | STILL,
