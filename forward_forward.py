@@ -310,15 +310,13 @@ def step(network, gradients, n, rate, threads):
     for number, layer in enumerate(network.layers):
         parts = [gradient.weights[number].view(-1) for gradient in gradients]
         flat = layer.weights.view(-1), layer.smooth.view(-1), layer.rounded.view(-1)
-        cut = [len(parts[0]) * k // threads.count for k in range(threads.count + 1)]
 
-        def update(k, flat=flat, parts=parts, cut=cut):
-            own = slice(cut[k], cut[k + 1])
+        def update(own, flat=flat, parts=parts):
             tensors, shares = [tensor[own] for tensor in flat], [part[own] for part in parts]
             rates = recipe.smoothing, rate * recipe.lr, recipe.weight_decay
             engine.update(*tensors, shares, 1 / n, *rates)
 
-        threads.map(update, range(threads.count))
+        threads.map(update, threads.cut(0, len(parts[0])))
         biases = sum(gradient.biases[number] for gradient in gradients)
         layer.smooth_biases.mul_(recipe.smoothing).add_(biases, alpha=(1 - recipe.smoothing) / n)
         layer.biases.add_(layer.smooth_biases, alpha=rate * recipe.lr)
@@ -330,11 +328,21 @@ def step(network, gradients, n, rate, threads):
     network.head.add_(network.smooth_head, alpha=rate * recipe.head_lr)
 
 
+def falling(done, held):
+    """The learning rate as a part of the first: held for that part of training, then falling to 0."""
+    return min(1, max(0, 1 - done) / (1 - held)) if held < 1 else 1
+
+
 class Threads:
     """`count` Python threads, each with one of PyTorch's: two of those wait for each other, spinning."""
 
     def __init__(self, count):
         self.count, self.pool = count, ThreadPoolExecutor(count) if count > 1 else None
+
+    def cut(self, first, last):
+        """From first to last in slices of about the same length, one for each thread; none that is empty."""
+        ends = [first + (last - first) * k // self.count for k in range(self.count + 1)]
+        return [slice(*pair) for pair in zip(ends, ends[1:]) if pair[0] < pair[1]]
 
     def map(self, function, items):
         if not self.pool:
@@ -375,11 +383,8 @@ def train_epoch(network, inputs, labels, shape, seed, epoch, threads, unsure, pr
 
     for first in range(0, n, recipe.batch_size):
         size = min(recipe.batch_size, n - first)
-        cut = [first + size * k // threads.count for k in range(threads.count + 1)]
-        parts = [slice(*ends) for ends in zip(cut, cut[1:]) if ends[0] < ends[1]]
-        gradients = threads.map(gradient_of, parts)
-        done = (epoch + first / n) / recipe.epochs
-        rate = min(1, (1 - done) / (1 - recipe.held)) if recipe.held < 1 else 1
+        gradients = threads.map(gradient_of, threads.cut(first, first + size))
+        rate = falling((epoch + first / n) / recipe.epochs, recipe.held)
         step(network, gradients, size, rate, threads)
         for gradient in gradients:
             misses += int(gradient.misses)

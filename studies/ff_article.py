@@ -271,8 +271,7 @@ def learn(network, number, shown, threads):
 
     size = min(AT_A_TIME, -(-n // threads.count)) if shown.inputs[0].device.type == "cpu" else n
     parts = slices(n, size)
-    cut = [len(parts) * k // threads.count for k in range(threads.count + 1)]
-    shares = threads.map(share, [parts[a:b] for a, b in zip(cut, cut[1:]) if a < b])
+    shares = threads.map(share, [parts[own] for own in threads.cut(0, len(parts))])
     weights, biases, loss = (sum(each[k] for each in shares) / (2 * n) for k in range(3))
     layer.update((weights, biases), network.protocol.lr)
     above = [kinds for *_, own in shares for kinds in own]

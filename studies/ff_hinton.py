@@ -516,16 +516,13 @@ def train_epoch(network, inputs, labels, seed, epoch, threads, progress=None):
             # Both are normalised, or how much ink there is would tell a hybrid.
             hybrid = normalise(hybrids(images, others, bits)).to(dtype)
             images = normalise(images).to(dtype)
-        cut = [size * k // threads.count for k in range(threads.count + 1)]
-        parts = [slice(*ends) for ends in zip(cut, cut[1:]) if ends[0] < ends[1]]
         drawn = chance[first : first + size]
         batch = [
             (images[own], None if hybrid is None else hybrid[own], labels[chosen][own], drawn[own])
-            for own in parts
+            for own in threads.cut(0, size)
         ]
         gradients = threads.map(gradient_of, batch)
-        done = (epoch + first / n) / s.epochs
-        rate = min(1, (1 - done) / (1 - s.held)) if s.held < 1 else 1
+        rate = forward_forward.falling((epoch + first / n) / s.epochs, s.held)
         step(network, gradients, size, rate, threads)
         for own in gradients:
             misses += int(own.misses)

@@ -283,11 +283,6 @@ def digits_in_turn(count, batch, generator):
         yield from torch.from_numpy(generator.permutation(count)).split(batch)
 
 
-def falling(done, held):
-    """The rate as a part of the first: held so long, then falling to 0, as in forward_forward.py."""
-    return min(1, max(0, 1 - done) / (1 - held))
-
-
 def forward_forward_for(seconds, recipe, engine, seed, inputs, labels):
     """A network trained for so many seconds, and how many digits it was shown."""
     with torch.inference_mode():
@@ -327,7 +322,7 @@ def backpropagation_for(seconds, recipe, seed, inputs, labels):
         done = (clock() - started) / seconds
         if done >= 1:
             return logits_of, shown, done * seconds
-        optimizer.param_groups[0]["lr"] = recipe.lr * falling(done, recipe.held)
+        optimizer.param_groups[0]["lr"] = recipe.lr * ff.falling(done, recipe.held)
         loss = F.cross_entropy(logits_of(inputs[chosen]), labels[chosen])
         optimizer.zero_grad()
         loss.backward()

@@ -288,7 +288,7 @@ def test_time_is_up_at_the_budget(monkeypatch):
     engine = ff.Reference(torch.float32)
     _, shown, spent = ff_variants.forward_forward_for(0.2, recipe, engine, 0, images, labels)
     assert 0.2 <= spent < 0.21 + 1e-9 and shown == pytest.approx(19 * 100, abs=100)
-    expected = [ff_variants.falling(0.01 * (k + 1) / 0.2, recipe.held) for k in range(len(rates))]
+    expected = [ff_variants.ff.falling(0.01 * (k + 1) / 0.2, recipe.held) for k in range(len(rates))]
     assert rates[1:] == pytest.approx(expected[1:]) and rates[0] == 1 and rates[-1] < 0.11
 
 
