@@ -259,7 +259,7 @@ def layers_learning(running, title):
         axis.grid(True)
     axes[1].plot(passes, [entry["softmax_error"] for entry in running], "--", color="0.4", label="softmax")
     axes[0].set(ylabel="a layer's own loss, of a pair", title=f"{title}: each layer by itself")
-    axes[1].set(ylabel="pairs misordered (%); digits missed, of the softmax")
+    axes[1].set(ylabel="wrong (%)", title="pairs that it misorders; digits that the softmax misses")
     axes[1].legend(fontsize="small")
     return figure
 

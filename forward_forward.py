@@ -516,7 +516,8 @@ def draw(network, log, splits, shape, name, folder):
     inputs, labels = inputs.to(device, network.engine.dtype), labels.to(device)
     goodness, logits = read_out(network, inputs)
     right = goodness.gather(2, labels.expand(len(goodness), -1)[:, :, None])[:, :, 0]
-    wrong = draw_negatives(labels, torch.linspace(0, 0.999, len(labels), device=device), logits)
+    chance = torch.from_numpy(np.random.default_rng(0).random(len(labels), dtype=np.float32)).to(device)
+    wrong = draw_negatives(labels, chance, logits)
     taken = goodness.gather(2, wrong.expand(len(goodness), -1)[:, :, None])[:, :, 0]
     running = [entry for entry in log if entry["split"] == "running"]
     figures.save(figures.layers_learning(running, name), folder / "curves.png")
