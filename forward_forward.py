@@ -57,9 +57,7 @@ class Recipe(NamedTuple):
     held: float = 0.5  # the part of training in which the rate is held; from there it falls to 0
     smoothing: float = 0.9  # of gradients
     weight_decay: float = 3e-3
-    sure: float = (
-        1e-3  # of an example of which it errs by no more than this in probability, a layer learns nothing
-    )
+    sure: float = 1e-3  # in probability: a layer learns nothing of examples that it errs by no more than this
     review: float = 0.25  # chance of an image, of which all layers were sure, to be shown in the next pass
     peer: float = 0.03  # pull of a unit's mean activity towards that of its layer
     head_lr: float = 0.1  # of the softmax that draws hard negatives, and reads out in one pass
@@ -75,11 +73,8 @@ class Goodness(NamedTuple):
 
     def logits(self, goodness, threshold, width):
         """Of a positive, from the sums over a layer's `width` units."""
-        return (
-            self.sign * (goodness / width - threshold)
-            if self.mean
-            else self.sign * (goodness - threshold * width)
-        )
+        above = goodness / width - threshold if self.mean else goodness - threshold * width
+        return self.sign * above
 
     def slope(self, width):
         """Of the logit by h (or, but for `linear`, by half of h^2, so that it is this times h)."""
@@ -274,7 +269,8 @@ def differentiate(network, images, labels, chance):
         zip(network.layers, network.forward(products, both, rows))
     ):
         logit = goodness.logits(sums, recipe.threshold, recipe.width)
-        wrong_by = torch.sigmoid(torch.cat([-logit[:n], logit[n:]]))  # 1 - p of positives, p of negatives
+        against = torch.cat([-logit[:n], logit[n:]])
+        wrong_by = torch.sigmoid(against)  # 1 - p of positives, p of negatives
         taught = (~(wrong_by <= recipe.sure)).nonzero()[:, 0]  # what is no number, too
         unsure[taught % n] = True
         slopes = torch.where(taught < n, goodness.slope(recipe.width), -goodness.slope(recipe.width))
@@ -293,9 +289,8 @@ def differentiate(network, images, labels, chance):
         gradient.weights.append(weights)
         gradient.biases.append(d[:-1].sum(dim=0) + n * peer)
         gradient.active.append(h[:n].sum(dim=0, dtype=torch.float32))
-        gradient.losses.append(
-            F.softplus(torch.cat([-logit[:n], logit[n:]])).sum()
-        )  # log(1 + exp), never inf
+        # softplus is log(1 + exp), and never inf.
+        gradient.losses.append(F.softplus(against).sum())
         gradient.misordered.append((logit[:n] <= logit[n:]).sum())
         inputs = passed_on
 
