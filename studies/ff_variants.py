@@ -679,7 +679,7 @@ def chosen_table(runs):
     rows = []
     for variant, logs in runs.items():
         chosen = of_split(logs, "test")[0]
-        also = {variant.also: chosen[variant.also]}
+        also = {} if variant.also == "lr" else {variant.also: chosen[variant.also]}
         rates = sorted({entry["lr"] for entry in of_split(logs, "validation", **also)})
         at = rates.index(chosen["lr"])
         beside = [

@@ -449,6 +449,18 @@ def test_flags_that_cannot_be_meant(flags, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("also", ["lr", "threshold"])
+def test_the_table_shows_the_errors_of_the_rates_beside_the_best(also):
+    variant = ff_variants.Variant("goodness", "ssq", ff_variants.RECIPE, also=also)
+    errors = {0.003: 7.0, 0.01: 4.0, 0.03: 5.0}
+    lines = [{"split": "validation", "lr": lr, "threshold": 1.0, "error": e} for lr, e in errors.items()]
+    lines += [{**line, "threshold": 0.3, "error": 9.0} for line in lines] if also == "threshold" else []
+    lines.append({"split": "test", "lr": 0.01, "threshold": 1.0, "error": 4.5})
+    row = ff_variants.chosen_table({variant: [lines]}).splitlines()[-1]
+    threshold = " 1 |" if also == "threshold" else ""
+    assert row == f"| ssq |{threshold} 0.01 | 7.00 | 4.00 | 5.00 | 4.50 |"
+
+
 def test_the_page_is_that_of_the_results():
     path = ROOT / "results" / "ff_variants" / "README.md"
     if not path.exists():
