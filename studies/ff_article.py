@@ -578,7 +578,8 @@ def table(runs, args):
         last = [utils.last_evaluations(log) for log in logs]
         errors = {split: [entry[split]["error"] for entry in last] for split in ("train", "test")}
         pairs = zip(*(mean_of(logs, "test", "mean_squares", kind) for kind in ("right", "wrong")))
-        cells = [say_rung(rung, batch_size, steps, args), f"{updates(protocol, len_of(logs)):,}"]
+        at_most = "≤ " * protocol.skip_sure
+        cells = [say_rung(rung, batch_size, steps, args), f"{at_most}{updates(protocol, len_of(logs)):,}"]
         cells += [spread(errors["train"]), spread(errors["test"])]
         cells += [f"{mean_of(logs, 'test', 'errors', way):.2f}" for way in ("first", "skip-first")]
         cells += [", ".join(f"{share:.0f}%" for share in mean_of(logs, "test", "silent_units"))]
