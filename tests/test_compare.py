@@ -428,6 +428,17 @@ def test_the_readme_has_the_table_of_the_changes():
     assert len(table.splitlines()) == 7 and "| - |" not in table
 
 
+def test_a_study_that_no_published_number_is_of_is_not_read(tmp_path):
+    folder = tmp_path / "ff_variants" / "memory-depth"
+    folder.mkdir(parents=True)
+    run = {"finished": True, "script": "ff_variants", "settings": {}, "seeds": [0]}
+    (folder / "run.json").write_text(json.dumps(run))
+    assert compare.read_run(folder) is None and compare.collect(tmp_path)[1] == []
+    (folder / "run.json").write_text(json.dumps(run | {"script": "repro"}))
+    with pytest.raises(utils.BadRequest, match="damaged"):
+        compare.collect(tmp_path)
+
+
 def test_the_ladder_shows_the_runs_of_most_seeds():
     def run(name, change, misses, **settings):
         logs = {
