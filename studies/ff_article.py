@@ -3,7 +3,7 @@
     python studies/ff_article.py                                          # the ladder, after as-written
     python studies/ff_article.py --rungs as-written                       # the article, 1,000 steps a batch
     python studies/ff_article.py --rungs as-written --batch-size 10000    # its other reading
-    python studies/ff_article.py --rungs 4x2000 --steps 20                # its attempt at Hinton's network
+    python studies/ff_article.py --rungs 4x2000                           # at Hinton's network; half a day
     python studies/ff_article.py --markdown                               # puts the table into the README
 
 The article (Neoflex, Habr 719496; `article` and `article-4x2000` in reference/ff.toml) trains two layers of
@@ -50,7 +50,7 @@ PUBLISHED = utils.reference("ff")
 LABELS = forward_forward.LABELS
 SEED, SEEDS = 1234, 3  # the first is the article's, but its negatives came of a generator that had no seed
 LONG_SEEDS = 1  # of what takes half an hour or more
-STEPS, FEW = 1000, 20  # on each batch; of 4x2000 some hours, and some minutes
+STEPS = 1000
 PRESENTATIONS = 1_200_000  # to each layer: 20 passes
 SMOKE_DIGITS, SMOKE_PASSES = 500, 2
 MEAN, SD = 0.1307, 0.3081  # of MNIST's pixels, as everybody has them
@@ -516,7 +516,7 @@ def work(protocol, splits):
 
 def read_runs(args):
     """(rung, batch size, steps) -> the logs of its replicas, of all runs that have finished."""
-    sizes, steps = dict.fromkeys([None, 10_000, args.batch_size]), dict.fromkeys([STEPS, FEW, args.steps])
+    sizes, steps = dict.fromkeys([None, 10_000, args.batch_size]), dict.fromkeys([STEPS, args.steps])
     jobs = [(rung, size, count) for rung in ARTICLE for size in sizes for count in steps]
     jobs += [(rung, None, args.steps) for rung in LADDER]
     folders = {job: settle(*job[:2], having(args, steps=job[2]))[0] for job in jobs}
