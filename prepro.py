@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-import strokes
 import utils
+from datasets import strokes
 
 SIDE = 16
 TRAIN_SIZE, TEST_SIZE = 7291, 2007  # LeCun et al. 1989
@@ -296,7 +296,7 @@ def write(digits, path):
     path.parent.mkdir(exist_ok=True)
     arrays = dict(zip(Digits._fields[:4], digits[:4]))
     provenance = json.dumps({**digits.provenance, "sha256": digits.sha256()})
-    utils.write_whole(path, utils.npz_bytes(**arrays, provenance=np.array(provenance)))
+    utils.write_file(path, utils.npz_bytes(**arrays, provenance=np.array(provenance)))
 
 
 def read(path):
@@ -376,7 +376,7 @@ def main(argv=None):
             f"--out {args.out} cannot be a folder ({error.strerror}): name another."
         ) from error
 
-    import figures
+    from records import figures
 
     path = args.out / f"{name}.npz"
     write(digits, path)

@@ -1,17 +1,31 @@
-"""The pictures: learning curves, galleries of digits, kernels. Drawn without a display, in one style."""
+"""The pictures that several scripts draw, without a display and in one style, whatever a user's settings."""
 
 import io
+import os
+from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 import utils
+from records import tables
 
-matplotlib.use("agg")
+os.environ.pop("MPLBACKEND", None)  # a notebook's backend cannot be loaded outside of it
 
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend)
+import matplotlib  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
-plt.style.use(utils.ROOT / "figures.mplstyle")
+matplotlib.rcdefaults()
+matplotlib.rcParams.update(
+    matplotlib.rc_params_from_file(Path(__file__).with_suffix(".mplstyle"), False, False)
+)
+
+
+def subplots(rows=1, columns=1, figsize=(10, 4), **more):
+    """A figure and its axes, as matplotlib.pyplot.subplots gives them."""
+    figure = Figure(figsize=figsize)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, **more)
 
 
 def save(figure, path):
@@ -19,8 +33,7 @@ def save(figure, path):
     buffer = io.BytesIO()
     # Without the version of matplotlib in it, the same picture is the same bytes.
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    plt.close(figure)
-    utils.write_whole(path, buffer.getvalue())
+    utils.write_file(path, buffer.getvalue())
 
 
 def learning_curves(logs, title, published=None, loss="mean squared error"):
@@ -29,7 +42,7 @@ def learning_curves(logs, title, published=None, loss="mean squared error"):
     `logs` holds a list of evaluations for each replica; `published`, a row of `reference/`, is drawn dashed,
     but for what is known to be misprinted.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharex=True)
+    figure, axes = subplots(1, 2, figsize=(10, 3.6), sharex=True)
     for split, colour in (("train", "C0"), ("test", "C1")):
         for axis, quantity in zip(axes, ("loss", "error")):
             curves = np.array([[e[quantity] for e in log if e["split"] == split] for log in logs])
@@ -37,7 +50,7 @@ def learning_curves(logs, title, published=None, loss="mean squared error"):
             low, high = curves.min(axis=0), curves.max(axis=0)
             axis.fill_between(passes, low, high, color=colour, alpha=0.25, linewidth=0)
             axis.plot(passes, curves.mean(axis=0), color=colour, label=split)
-            value = utils.published(published[f"{split}_{quantity}"]) if published else None
+            value = tables.published(published[f"{split}_{quantity}"]) if published else None
             if value is not None:
                 axis.axhline(value, color="0.5", linestyle="--", linewidth=1)
                 label = f"{published['title'].split(':')[0]},\n{split}"
@@ -63,7 +76,7 @@ def learning_curves(logs, title, published=None, loss="mean squared error"):
 
 def bars(values, label, title):
     """A bar for each name of `values`, from the top, on a log axis, with its value beside it."""
-    figure, axis = plt.subplots(figsize=(10, 0.45 * len(values) + 1.2))
+    figure, axis = subplots(figsize=(10, 0.45 * len(values) + 1.2))
     axis.barh(range(len(values)), values.values(), color="C0")
     for row, value in enumerate(values.values()):
         axis.text(
@@ -83,7 +96,7 @@ def gallery(images, captions, title, columns=15, low=-1, high=1):
     rows, gap = max(1, -(-n // columns)), width * 0.2
     room = height * 0.4 * max((caption.count("\n") + 1 for caption in captions), default=1)  # in pixels
     size = columns * 0.6, rows * 0.6 * (height + room) / (width + gap) + 0.5
-    figure, axis = plt.subplots(figsize=size)
+    figure, axis = subplots(figsize=size)
     axis.set_title(title, fontsize="medium")
     for k, (image, caption) in enumerate(zip(images, captions)):
         x, y = k % columns * (width + gap), k // columns * (height + room) + room
@@ -109,7 +122,7 @@ def misses(images, targets, answers, title, confidences=None):
 
 def ladder(values, names, published, label, title):
     """A column of points for each name, its mean as a bar; `published`, a value for each or None, dashed."""
-    figure, axis = plt.subplots(figsize=(10, 4))
+    figure, axis = subplots(figsize=(10, 4))
     for column, own in enumerate(values):
         beside = np.linspace(-0.25, 0.25, len(own)) if len(own) > 1 else [0]
         axis.plot(column + np.array(beside), own, "o", color="C0", markersize=3, alpha=0.6)
@@ -134,7 +147,7 @@ def scaling(panels, published, xlabel, ylabel, share_y=True):
 
     `published`: name -> [(x, value), ...], drawn as grey crosses.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(10, 4), sharey=share_y, squeeze=False)
+    figure, axes = subplots(1, len(panels), figsize=(10, 4), sharey=share_y, squeeze=False)
     for axis, (name, curves) in zip(axes[0], panels.items()):
         for colour, (label, points) in enumerate(curves.items()):
             style = {"color": f"C{colour}"}
@@ -157,7 +170,7 @@ def scaling(panels, published, xlabel, ylabel, share_y=True):
 
 def rejection(curves, title, published=None):
     """Error among the digits accepted against the share rejected, in percent, a curve for each replica."""
-    figure, axis = plt.subplots(figsize=(6, 4))
+    figure, axis = subplots(figsize=(6, 4))
     for rejected, errors in curves:
         axis.plot(rejected, errors, color="C0", linewidth=1, alpha=max(0.1, 1 / len(curves) ** 0.5))
     if published:
@@ -173,7 +186,7 @@ def rejection(curves, title, published=None):
 
 def rates(names, of_passes, title):
     """Learning rates of weights and of biases over passes, median and 5 to 95% of each layer's."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharex=True, sharey=True)
+    figure, axes = subplots(1, 2, figsize=(10, 3.6), sharex=True, sharey=True)
     passes = np.arange(1, len(of_passes) + 1)
     for number, name in enumerate(names):
         axis, colour = axes[number % 2], f"C{number // 2}"
@@ -194,7 +207,7 @@ def clouds(clouds, published, title):
     `clouds`: name -> (n, 4), a point for each replica; `published` (4,) is the cross. The axes leave out the
     farthest of a thousand points, so that a replica that failed does not hide all others.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5))
+    figure, axes = subplots(1, 2, figsize=(10, 4.5))
     for axis, split, first in zip(axes, ("train", "test"), (0, 2)):
         for number, (name, points) in enumerate(clouds.items()):
             style = {"color": f"C{number}", "alpha": 0.5, "markersize": 3}
@@ -212,7 +225,7 @@ def clouds(clouds, published, title):
 
 def signals(rows, title):
     """name -> ten signals, a row each. As in MNIST-1D's paper they run downwards, which makes them digits."""
-    figure, axis = plt.subplots(figsize=(10, 1.1 * len(rows) + 0.4))
+    figure, axis = subplots(figsize=(10, 1.1 * len(rows) + 0.4))
     for number, (name, row) in enumerate(rows.items()):
         axis.text(-0.6, number, name, ha="right", va="center", fontsize="small")
         limit = max((np.abs(signal).max() for signal in row if len(signal)), default=1)
@@ -231,7 +244,7 @@ def accuracy_curves(panels, published):
 
     `published`: order -> name -> accuracy, drawn dashed at the right end in the colour of the name.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(10, 4.2), sharey=True, squeeze=False)
+    figure, axes = subplots(1, len(panels), figsize=(10, 4.2), sharey=True, squeeze=False)
     for axis, (order, curves) in zip(axes[0], panels.items()):
         for number, (name, (steps, accuracies)) in enumerate(curves.items()):
             mean, sd = np.mean(accuracies, axis=0), np.std(accuracies, axis=0, ddof=len(accuracies) > 1)
@@ -250,7 +263,7 @@ def accuracy_curves(panels, published):
 
 def layers_learning(running, title):
     """Forward-Forward's layers after each pass, as seen while learning: losses, and pairs misordered."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharex=True)
+    figure, axes = subplots(1, 2, figsize=(10, 3.6), sharex=True)
     passes = [entry["pass"] for entry in running]
     for axis, quantity in zip(axes, ("layer_losses", "layer_errors")):
         for number, values in enumerate(zip(*(entry[quantity] for entry in running))):
@@ -266,7 +279,7 @@ def layers_learning(running, title):
 
 def goodness_histograms(right, wrong, title):
     """Logits (layers, n) of the right label and of a wrong one, as histograms, a panel for each layer."""
-    figure, axes = plt.subplots(1, len(right), figsize=(10, 3.2), squeeze=False)
+    figure, axes = subplots(1, len(right), figsize=(10, 3.2), squeeze=False)
     for number, (axis, *pair) in enumerate(zip(axes[0], right, wrong), start=1):
         low, high = np.quantile(np.concatenate(pair), (0.005, 0.995))
         for values, label in zip(pair, ("right label", "wrong label, hard")):
@@ -281,7 +294,7 @@ def goodness_histograms(right, wrong, title):
 def activities(layers, goodness, labels, title):
     """The units of each layer (2, width) as images, one for each of two labels, and the goodness logits
     (layers, 10) of all labels. Of a seven, this is the article's figure."""
-    figure, axes = plt.subplots(len(layers), 3, figsize=(10, 2.6 * len(layers)), squeeze=False)
+    figure, axes = subplots(len(layers), 3, figsize=(10, 2.6 * len(layers)), squeeze=False)
     for number, (row, units, logits) in enumerate(zip(axes, layers, goodness), start=1):
         columns = int(np.ceil(units.shape[1] ** 0.5))
         padded = np.zeros((2, columns * columns))
@@ -311,7 +324,7 @@ def digit_gallery(images, labels, name, columns=20):
     for row, digits in zip(canvas, rows):
         row[: len(digits)] = digits
     height, width = images.shape[1:]
-    figure, axis = plt.subplots(figsize=(columns * 0.4, 10 * 0.4 + 0.3))
+    figure, axis = subplots(figsize=(columns * 0.4, 10 * 0.4 + 0.3))
     axis.imshow(canvas.transpose(0, 2, 1, 3).reshape(10 * height, columns * width), vmin=-1, vmax=1)
     axis.set(title=f"{name}: the first digits of each class to train on")
     axis.axis("off")
@@ -323,7 +336,7 @@ def rungs(values, published, label, title):
 
     `published` is drawn dashed.
     """
-    figure, axis = plt.subplots(figsize=(10, 0.4 * len(values) + 1.4))
+    figure, axis = subplots(figsize=(10, 0.4 * len(values) + 1.4))
     for row, own in enumerate(values.values()):
         axis.barh(row, np.mean(own), color="C0", alpha=0.6)
         axis.plot(own, [row] * len(own), "o", color="C0", markersize=3)
@@ -344,7 +357,7 @@ def rungs(values, published, label, title):
 
 def heat_maps(panels, columns, rows, xlabel, ylabel, title):
     """A panel for each name of `panels`: its values (rows, columns) in percent as numbers on grey."""
-    figure, axes = plt.subplots(len(panels), 1, figsize=(10, 1.3 * len(panels) + 0.8), squeeze=False)
+    figure, axes = subplots(len(panels), 1, figsize=(10, 1.3 * len(panels) + 0.8), squeeze=False)
     for axis, (name, values) in zip(axes[:, 0], panels.items()):
         # Logarithmic, for what matters is at the low end.
         axis.imshow(np.log(np.maximum(values, 0.1)), vmin=0, vmax=np.log(100), aspect="auto")

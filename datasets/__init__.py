@@ -1,0 +1,1 @@
+"""Where digits come from that are not MNIST's or USPS's."""

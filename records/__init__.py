@@ -1,0 +1,1 @@
+"""What experiments leave behind: records of runs (run.py), tables and pages of them, pictures."""

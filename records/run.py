@@ -1,0 +1,256 @@
+"""A run is one file of records: `<name>.jsonl`, with a run.json that says who trained each seed.
+
+    <name>.jsonl     first the config and the data's SHA-256, then the records of every seed, one a line;
+                     nothing in it depends on the clock or the machine
+    <name>.log       the same as eval lines, for people and for diff (main scripts only)
+    <name>.run.json  commit, versions, hardware, engine, seconds and command, for each seed
+
+A record is a dict with at least `seed` and `split`. A seed is written as soon as it has finished, and files
+appear whole or not at all, so whatever ends a run, its finished seeds are kept.
+"""
+
+import contextlib
+import json
+import math
+import shlex
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+import utils
+
+
+class Run:
+    """The records of all seeds of one config. `open_run` makes one to write to, `read_run` reads one."""
+
+    def __init__(self, path, script, config, data_sha256):
+        self.path = Path(path)  # of the .jsonl file
+        self.script, self.config, self.data_sha256 = script, _plain(config), data_sha256
+        self.records = {}  # seed -> its records, in order
+        self.sessions = []  # what run.json holds: environments and commands, each with its seeds
+        self.session = None  # the one that is being written
+        self._texts = {}  # seed -> its lines in the .jsonl file and in the .log file
+        self._lock = threading.Lock()
+
+    @property
+    def name(self):
+        return self.path.name.removesuffix(".jsonl")
+
+    def final(self, split):
+        """The last record of a split, one for each seed, in the order of seeds."""
+        found = ([r for r in own if r.get("split") == split] for _, own in sorted(self.records.items()))
+        return [own[-1] for own in found if own]
+
+    def require(self, script, config, data_sha256):
+        """BadRequest unless this is a run of that config on that data."""
+        wanted = {"script": script, "config": _plain(config), "data": data_sha256}
+        held = {"script": self.script, "config": self.config, "data": self.data_sha256}
+        for what in wanted:
+            if wanted[what] != held[what]:
+                raise utils.BadRequest(f"{self.path} is of another {what}: delete it, or use --out")
+
+    def add(self, results, seconds):
+        """Put finished seeds, `results`: seed -> records, in the place of their old records, and write.
+
+        `seconds` is what they took together, training and evaluation.
+        """
+        with self._lock:
+            for seed, records in results.items():
+                self.records[seed] = [{"seed": seed, **_plain(record)} for record in records]
+                self._texts.pop(seed, None)
+                for session in self.sessions:
+                    session["seconds"].pop(str(seed), None)
+                self.session["seconds"][str(seed)] = round(seconds / len(results), 3)
+            self._write()
+
+    def _write(self):
+        seeds = sorted(self.records)
+        for seed in seeds:
+            if seed not in self._texts:
+                lines = (json.dumps(record, allow_nan=False) + "\n" for record in self.records[seed])
+                self._texts[seed] = "".join(lines), eval_log(self.records[seed])
+        header = {"script": self.script, "config": self.config, "data_sha256": self.data_sha256}
+        header |= {"seeds": seeds, "records": sum(map(len, self.records.values()))}
+        text = json.dumps(header) + "\n" + "".join(self._texts[seed][0] for seed in seeds)
+        utils.write_file(self.path, text)
+        if self.session["log"]:
+            utils.write_file(self.path.with_suffix(".log"), "".join(self._texts[seed][1] for seed in seeds))
+        sessions = [session for session in self.sessions if session["seconds"]]
+        text = json.dumps({"sessions": sessions}, indent=1, allow_nan=False)
+        utils.write_file(self.path.with_suffix(".run.json"), text + "\n")
+
+
+def _plain(value):
+    """As JSON gives it back: lists for tuples, floats for NumPy's."""
+    return json.loads(json.dumps(value, allow_nan=False, default=float))
+
+
+def read_run(path):
+    """The Run in a .jsonl file. BadRequest where it does not hold what its header claims, or nonsense."""
+    path = Path(path)
+    try:
+        header, *records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        run = Run(path, header["script"], header["config"], header["data_sha256"])
+        for record in records:
+            _check(record)
+            run.records.setdefault(record["seed"], []).append(record)
+        if sorted(run.records) != header["seeds"] or len(records) != header["records"]:
+            raise ValueError("it holds other records than its first line claims")
+        with contextlib.suppress(FileNotFoundError):
+            found = json.loads(path.with_suffix(".run.json").read_text(encoding="utf-8"))
+            run.sessions = [session for session in found["sessions"] if session["seconds"].keys()]
+        return run
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        remedy = "delete it, or restore it from git"
+        raise utils.BadRequest(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error
+
+
+def _check(record):
+    """ValueError unless the numbers of a record can be true."""
+    if not isinstance(record["seed"], int) or not isinstance(record.get("split", ""), str):
+        raise ValueError(f"no record: {record}")
+    if not math.isfinite(record.get("loss", 0)):
+        raise ValueError(f"a loss that is no number: {record}")
+    if "misses" in record:
+        misses, n = record["misses"], record["n"]
+        if not 0 <= misses <= n or n == 0 or abs(record["error"] - 100 * misses / n) > 1e-9:
+            raise ValueError(f"misses and error that cannot be: {record}")
+
+
+def evaluation(passes, split, loss, misses, n):
+    """The record of a split after a pass; RunFailed if the loss is not finite. `error` is in percent."""
+    if not math.isfinite(loss):
+        raise utils.RunFailed(f"the {split} loss is {loss} after pass {passes}: training diverged")
+    return {"pass": passes, "split": split, "loss": loss, "error": 100 * misses / n, "misses": misses, "n": n}
+
+
+def eval_line(split, loss, error, misses, **_):
+    """An evaluation (error in percent) in the form that the field knows from Karpathy's reproduction."""
+    return f"eval: split {split:5s}. loss {loss:e}. error {error:.2f}%. misses: {misses}"
+
+
+def eval_log(records):
+    """A seed's evaluations as text: a heading for each pass, then an eval line for each split."""
+    lines, heading = [], None
+    for record in (record for record in records if "misses" in record):
+        if heading != (heading := f"seed {record['seed']}, pass {record['pass']}"):
+            lines.append(heading)
+        lines.append(eval_line(**record))
+    return "".join(line + "\n" for line in lines)
+
+
+@contextlib.contextmanager
+def open_run(path, script, config, data_sha256, log=False, **facts):
+    """Yield the Run at `path` (a .jsonl file) to add seeds to; what it holds already is kept.
+
+    `facts` (engine, threads, ...) go to run.json. BadRequest where another process writes to the same run,
+    or where it holds another config or other data.
+    """
+    path = Path(path)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))  # dies with its process; the empty file stays
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise utils.BadRequest(f"another process is writing {path}: wait for it, or use --out") from None
+    except NotImplementedError:  # a file system without locks
+        print(f"{path.parent} cannot be locked: let no second run write there.", file=sys.stderr)
+    except OSError as error:
+        raise utils.BadRequest(f"{path.parent} cannot be written ({error.strerror}): use --out") from error
+    try:
+        run = read_run(path) if path.exists() else Run(path, script, config, data_sha256)
+        run.require(script, config, data_sha256)
+        started = time.time()
+        run.session = {
+            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            **facts,
+            **utils.environment(),
+            "log": log,
+            "seconds": {},
+        }
+        run.sessions.append(run.session)
+        try:
+            yield run
+        finally:
+            if run.session["seconds"]:
+                run.session["wall_seconds"] = round(time.time() - started, 2)
+                run._write()
+    finally:
+        lock.release()
+
+
+def train_seeds(run, seeds, train, threads, total, quiet, unit="digit"):
+    """Call `train(seed, progress)` for each seed, `threads` at a time, and keep each when it has finished.
+
+    `train` returns the seed's records and whatever else the caller wants: all of it is returned, in the
+    order of seeds.
+    """
+
+    def job(seed, progress):
+        started = time.perf_counter()
+        result = train(seed, progress)
+        run.add({seed: result[0]}, time.perf_counter() - started)
+        return result
+
+    return in_parallel(job, seeds, threads, total, quiet, unit)
+
+
+def in_parallel(function, jobs, threads, total, quiet, unit="digit"):
+    """`function(job, progress)` for each job, `threads` at a time: the results, in the order of jobs.
+
+    A job calls `progress(n)` now and then: it moves a bar of `total` units on by n, and raises utils.Stopped
+    when Ctrl-C or SIGTERM was received or another job has failed.
+    """
+    stop, received = threading.Event(), []
+    bar = tqdm(total=total, unit=unit, unit_scale=True, disable=quiet or None)
+
+    def progress(n):
+        if stop.is_set():
+            raise utils.Stopped(*received)
+        bar.update(n)
+
+    with _signals_set(stop, received), bar, ThreadPoolExecutor(threads) as pool:
+        running = []
+        try:
+            running += (pool.submit(function, job, progress) for job in jobs)
+            done, _ = wait(running, return_when=FIRST_EXCEPTION)
+        except RuntimeError as error:
+            raise utils.RunFailed(f"{threads} threads are too many ({error}): lower --threads") from error
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+        failed = [each.exception() for each in running if not each.cancelled() and each.exception()]
+        for error in sorted(failed, key=lambda error: isinstance(error, utils.Stopped)):
+            raise error
+        if received:  # when the last job had finished
+            raise utils.Stopped(*received)
+        return [each.result() for each in running]
+
+
+@contextlib.contextmanager
+def _signals_set(event, received):
+    """Let Ctrl-C and SIGTERM set `event`, so that jobs stop between two steps and files stay whole."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        received[:] = [number]
+        event.set()
+
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in usual.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
