@@ -88,6 +88,29 @@ def load(name, draw=None, data_root=None, train_size=TRAIN_SIZE):
     return digits._replace(train_images=digits.train_images[chosen], train_labels=digits.train_labels[chosen])
 
 
+def load_digits(data, draw=None, data_root=None, train_size=TRAIN_SIZE):
+    """As `load`; for `auto`, mnist, or strokes and a loud notice where MNIST cannot be had."""
+    if data != "auto":
+        return load(data, draw, data_root, train_size)
+    try:
+        return load("mnist", draw, data_root, train_size)
+    except Unavailable as error:
+        rule = "*" * 100
+        notice = "NOTICE: what follows is trained on procedural digits (strokes), which no paper has used."
+        print(rule, error, notice, rule, sep="\n", file=sys.stderr)
+        return load("strokes", train_size=train_size)
+
+
+def add_data_flags(parser):
+    """Add the flags that choose digits of 16x16: the argument group, to add more to."""
+    group = parser.add_argument_group("data")
+    choices = "auto", "mnist", "usps", "strokes"
+    group.add_argument("--data", default="auto", choices=choices, help=f"{AUTO_HELP} (default: auto)")
+    group.add_argument("--draw", choices=DRAWS, help=DRAW_HELP)
+    group.add_argument("--data-root", metavar="DIR", type=utils.folder, help=DATA_ROOT_HELP)
+    return group
+
+
 def _load_prepared(name, draw, root, train_size):
     prepared = DATA / f"{file_name(name, draw, train_size)}.npz"
     if prepared.exists():

@@ -101,19 +101,19 @@ class Convnet1989:
         self._compute_outputs.argtypes = [pointers, address, integer, address, address]
         self._compute_outputs.restype = None
 
-    def train_pass(self, parameters, images, targets, lr=0.0, *, rates=None, moments=None, state=None):
+    def train_pass(self, parameters, images, targets, lr, *, moments=None, state=None):
         """Present every image once, in order, and step after each batch; parameters change in place.
 
-        targets (n, 10); `rates`: of sgd_rates, eight arrays like the parameters, used in the place of `lr`;
-        `moments`: of adamw, two such eights, 0 at first, which change in place; `state`: of adamw, and where
-        chance is drawn, a State to be used again in the next call. FloatingPointError if a parameter is no
-        longer finite.
+        targets (n, 10); `lr` is a number, for sgd_rates eight arrays like the parameters; `moments`: for
+        adamw, two such eights, 0 at first, which change in place; `state`: for adamw, and where something is
+        random, a State to be used again in the next call. FloatingPointError if a parameter is no longer
+        finite.
         """
         n = len(images)
         parameters = _eight(parameters, "parameters", written=True)
         extra1 = extra2 = ()
         if self._optimizer == "sgd_rates":
-            extra1 = _eight(rates, "rates")
+            extra1, lr = _eight(lr, "rates"), 0.0
         if self._optimizer == "adamw":
             extra1, extra2 = (_eight(each, "moments", written=True) for each in moments or (None, None))
         if self._needs_state and state is None:

@@ -169,35 +169,18 @@ def scaling(panels, published, xlabel, ylabel, share_y=True):
 
 
 def rejection(curves, title, published=None):
-    """Error among the digits accepted against the share rejected, in percent, a curve for each replica."""
+    """Error among the accepted digits, when 0, 1, 2 ... percent are rejected: a curve for each seed."""
     figure, axis = subplots(figsize=(6, 4))
-    for rejected, errors in curves:
-        axis.plot(rejected, errors, color="C0", linewidth=1, alpha=max(0.1, 1 / len(curves) ** 0.5))
+    for errors in curves:
+        axis.plot(range(len(errors)), errors, color="C0", linewidth=1, alpha=max(0.1, 1 / len(curves) ** 0.5))
     if published:
         axis.plot(published["rejected"], 1, "x", color="0.4", markersize=8, markeredgewidth=1.5)
         label = f"  {published['title'].split(',')[0]}: {published['rejected']}% for 1%"
         axis.text(published["rejected"], 1, label, color="0.4", va="bottom", fontsize="small")
     seeds = f"{len(curves)} seed{'s' * (len(curves) > 1)}"
     axis.set(xlabel="rejected (%): the two highest outputs are close", ylabel="error of the accepted (%)")
-    axis.set(xlim=(0, 30), ylim=(0, None), title=f"{title}, test, {seeds}")
+    axis.set(xlim=(0, len(curves[0]) - 1), ylim=(0, None), title=f"{title}, test, {seeds}")
     axis.grid(True)
-    return figure
-
-
-def rates(names, of_passes, title):
-    """Learning rates of weights and of biases over passes, median and 5 to 95% of each layer's."""
-    figure, axes = subplots(1, 2, figsize=(10, 3.6), sharex=True, sharey=True)
-    passes = np.arange(1, len(of_passes) + 1)
-    for number, name in enumerate(names):
-        axis, colour = axes[number % 2], f"C{number // 2}"
-        spread = np.array([np.quantile(rates[number], (0.05, 0.5, 0.95)) for rates in of_passes]).T
-        axis.fill_between(passes, spread[0], spread[2], color=colour, alpha=0.2, linewidth=0)
-        axis.plot(passes, spread[1], color=colour, label=name)
-    for axis, what in zip(axes, ("weights", "biases")):
-        axis.set(xlabel="passes", yscale="log", title=f"{title}: rates of {what}, median and 5 to 95%")
-        axis.legend(fontsize="small")
-        axis.grid(True)
-    axes[0].set_ylabel("learning rate")
     return figure
 
 

@@ -14,6 +14,7 @@ import json
 import math
 import shlex
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -184,6 +185,37 @@ def open_run(path, script, config, data_sha256, log=False, **facts):
                 run._write()
     finally:
         lock.release()
+
+
+def path_of(args, words, config, preset, engine="c", device="cpu"):
+    """The .jsonl file of a main script's run: `<args.out>/<words and what differs from the preset>.jsonl`."""
+    changed = {
+        key: value for key, value in config.items() if preset.get(key) != value and key != "smoke_digits"
+    }
+    words = [*words, *(f"{key.replace('_', '-')}{value}" for key, value in changed.items())]
+    words += [device] if device != "cpu" else ["torch"] if engine == "torch" else []
+    folder = utils.ROOT / "results" / "smoke" / args.out.name if args.smoke else args.out
+    return folder / f"{'-'.join(words)}.jsonl"
+
+
+def report(run, seeds, quiet):
+    """Print where the files are, and the eval lines: of one seed all, of several the last and a summary."""
+    if not quiet:
+        print(f"files: {run.path.with_suffix('')}.*\n")
+        for seed in seeds:
+            lines = eval_log(run.records[seed]).splitlines()
+            print("\n".join(lines if len(seeds) == 1 else lines[-3:]))
+    elif len(seeds) == 1:
+        print("\n".join(eval_log(run.records[seeds[0]]).splitlines()[-2:]))
+    if len(seeds) == 1:
+        return
+    print(f"\n{len(seeds)} seeds, mean ± standard deviation (lowest to highest):")
+    for split in ("train", "validation", "test"):
+        last = [record for record in run.final(split) if record["seed"] in seeds]
+        for quantity, form in (("loss", ".3e"), ("error", ".2f"), ("misses", ".1f")) if last else ():
+            values = [record[quantity] for record in last]
+            spread = f"{statistics.fmean(values):{form}} ± {statistics.stdev(values):{form}}"
+            print(f"{split:5s} {quantity:6s} {spread} ({min(values):{form}} to {max(values):{form}})")
 
 
 def train_seeds(run, seeds, train, threads, total, quiet, unit="digit"):
