@@ -1,180 +1,220 @@
-"""Forward-Forward (Hinton 2022): an MLP that learns layer by layer, without backpropagation.
+"""Forward-Forward (Hinton 2022): a network that learns layer by layer, without backpropagation.
 
-    python forward_forward.py                              # MNIST, moved by up to a pixel: a minute
-    python forward_forward.py --as permutation-invariant   # the pixels could be in any order: three minutes
-    python forward_forward.py --as article                 # a well-known way not to do it: half an hour
+    python forward_forward.py                                  # MNIST, images moved by up to a pixel: 1 min
+    python forward_forward.py --preset permutation-invariant   # images left as they are: 3 minutes
+    python forward_forward.py --preset hinton                  # his four layers of 2,000 units: 8 minutes
+    python -m studies.ff_article                               # another protocol, that of Neoflex 2023
 
-Every image is shown twice: with its own label written over its first ten pixels (positive), and with a wrong
-one (negative). Each layer learns by itself to tell them apart by its *goodness*, the sum of its squared
-activities: high for positives, low for negatives. What it passes on is of one length, so that the next layer
-cannot just read this layer's goodness off. To classify, all ten labels are tried, and the one of the highest
-goodness, summed over the layers, is the answer.
+Every image is shown twice: once with its own label written over its first ten pixels (positive), and once
+with a wrong label (negative). Each layer learns by itself to tell the two apart by its *goodness*, the sum of
+its squared activities, which is to be high for positives and low for negatives. What a layer passes on is
+scaled to a fixed length, so that the next layer cannot just read off this layer's goodness. To classify an
+image, all ten labels are tried. The answer is the label with the highest goodness, summed over the layers.
 
-Published: `supervised` in reference/ff.toml, 1.36% with four layers of 2,000. The method is that of Hinton's
-own code (Matlab, ffnew.m): all layers at once, hard negatives, peer normalisation, smoothed gradients. The
-numbers in `Recipe` are ours: chosen one after the other on the last 10,000 of the 60,000 digits to train on
-(`--validation 10000`), in factors of two or three. Two things are new, and make it several times as fast:
-a layer computes no gradient for examples that it is sure of, and images of which all layers are sure are
-shown in every fourth pass only.
+Published: `supervised` in reference/ff.toml, a test error of 1.36% with four layers of 2,000 units. The
+method is that of Hinton's own code (Matlab, ffnew.m): all layers learn at the same time, negatives are hard,
+units are kept about equally active, and gradients are smoothed. The numbers in `Config` are ours. They were
+chosen one after the other, in factors of two or three, by the errors on the last 10,000 of the 60,000
+training digits (`--validation 10000`). Two things are new, and make training several times as fast: a layer
+computes no gradient for examples that it is already sure of, and images that all layers are sure of are shown
+in one pass out of four.
 """
 
+import argparse
 import functools
 import hashlib
-import resource
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 import mnist1d_gen
 import prepro
 import utils
 from kernels import build
-from kernels.forward_forward import Kernels
+from records import run as runs
+from records.weights import load_weights, save_weights, weights_path
 
-LABELS = 10  # classes, and how many inputs the label takes, the first
-DATA = ("mnist", "mnist16", "usps", "strokes", "mnist1d")
+torch, F = utils.Lazy("torch"), utils.Lazy("torch.nn.functional")
+kernels, figures = utils.Lazy("kernels.forward_forward"), utils.Lazy("records.figures")
 
+# The method, as one would write it on a blackboard
+#
+# Images are rows of numbers (n, inputs) with a root mean square of 1. Their first ten inputs are 0: there the
+# label goes. `Config`, below, holds all numbers that are to be chosen.
 
-class Recipe(NamedTuple):
-    """All that decides the training of a network, beside its data and seed."""
-
-    layers: int = 2
-    width: int = 500
-    epochs: int = 60
-    jitter: int = 1  # pixels; Hinton's has 2, and no jitter in the permutation-invariant experiment
-    negatives: str = "hard"  # in proportion to what the network believes; or "random"
-    goodness: str = "ssq"
-    threshold: float = 1.0  # goodness of a unit above which a layer calls an example positive
-    label: float = 8.0  # what a label's pixel reads, where the image's root mean square is 1
-    batch_size: int = 200
-    lr: float = 0.0075
-    held: float = 0.5  # the part of training in which the rate is held; from there it falls to 0
-    smoothing: float = 0.9  # of gradients
-    weight_decay: float = 3e-3
-    sure: float = 1e-3  # in probability: a layer learns nothing of examples that it errs by no more than this
-    review: float = 0.25  # chance of an image, of which all layers were sure, to be shown in the next pass
-    peer: float = 0.03  # pull of a unit's mean activity towards that of its layer
-    head_lr: float = 0.1  # of the softmax that draws hard negatives, and reads out in one pass
-    head_weight_decay: float = 3e-3
+LABELS = 10
 
 
-class Goodness(NamedTuple):
-    """What a layer wants much of. Its logit is sign * (sum of h or of h^2 - threshold), or of the means."""
-
-    linear: bool = False  # the sum of h in the place of its squares
-    mean: bool = False
-    sign: int = 1  # -1: little of it
-
-    def logits(self, goodness, threshold, width):
-        """Of a positive, from the sums over a layer's `width` units."""
-        above = goodness / width - threshold if self.mean else goodness - threshold * width
-        return self.sign * above
-
-    def slope(self, width):
-        """Of the logit by h (or, but for `linear`, by half of h^2, so that it is this times h)."""
-        return self.sign * (1 if self.linear else 2) / (width if self.mean else 1)
+def write_label(images, labels, label_scale):
+    """Images with labels (n,) in their first ten inputs; label 10 is the neutral one, a tenth of each."""
+    codes = torch.cat([torch.eye(LABELS), torch.full((1, LABELS), 1 / LABELS)]).to(images)
+    return torch.cat([label_scale * codes[labels], images[:, LABELS:]], dim=1)
 
 
-GOODNESS = {
-    "ssq": Goodness(),
-    "mean-sq": Goodness(mean=True),
-    "sum": Goodness(linear=True),
-    "neg-ssq": Goodness(sign=-1),
+def unit_rms(x):
+    """Each row of x divided by its root mean square, which is as good as a fixed length."""
+    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
+
+
+GOODNESS = {  # from activities h (n, width): the logit with which a layer calls an example positive
+    "ssq": lambda h, threshold: h.square().sum(dim=1) - threshold * h.shape[1],
+    "mean-sq": lambda h, threshold: h.square().mean(dim=1) - threshold,
+    "sum": lambda h, threshold: h.sum(dim=1) - threshold * h.shape[1],
+    "neg-ssq": lambda h, threshold: threshold * h.shape[1] - h.square().sum(dim=1),
 }
 
 
-# Between the products
-
-
-class Reference:
-    """What kernels/forward_forward.c does faster, in PyTorch and on any device: it defines what is right."""
-
-    def __init__(self, dtype):
-        self.dtype = dtype
-
-    def activate(self, products, added, labels, linear=False):
-        """The activities h (n, width), h by its root mean square, and the goodness (n,): sums of h or of h^2.
-
-        `products` (m, width) of the inputs and the weights: example r has those of row r mod m, since a
-        positive, a negative and a neutral one differ in their labels only. To them comes what the label, or
-        none, adds: row labels[r] of `added`, biases included.
-        """
-        repeated = products.float().repeat(len(labels) // len(products), 1)
-        exact = (repeated + added[labels]).relu()
-        h, squares = exact.to(self.dtype), exact.square().sum(dim=1)
-        passed_on = h.float() * torch.rsqrt(squares / h.shape[1] + 1e-8)[:, None]
-        return h, passed_on.to(self.dtype), exact.sum(dim=1) if linear else squares
-
-    def update(self, weights, smooth, rounded, parts, scale, smoothing, lr, weight_decay):
-        """Step up the smoothed gradient, in place; `parts` add up to the gradient before `scale`."""
-        gradient = sum(part.float() for part in parts)
-        smooth.mul_(smoothing).add_(gradient, alpha=(1 - smoothing) * scale)
-        weights.mul_(1 - lr * weight_decay).add_(smooth, alpha=lr)
-        rounded.copy_(weights)
-
-    def shift(self, images, chosen, shifts):
-        """The chosen of images (N, height, width), flat, each moved down and right by its row of `shifts`;
-        0 comes in. The first ten inputs are left to the label."""
-        height, width = images.shape[1:]
-        rows = torch.arange(height, device=images.device) - shifts[:, :1]
-        columns = torch.arange(width, device=images.device) - shifts[:, 1:]
-        inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
-        rows, columns = rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None]
-        shifted = (images[chosen[:, None, None], rows, columns] * inside).flatten(1)
-        shifted[:, :LABELS] = 0
-        return shifted
-
-
-def pick_engine(name, device, precision):
-    """The engine (c, torch or auto) and its name; precision auto is bf16 where the processor has it."""
-    if precision == "auto":
-        fast = torch.cpu._is_avx512_bf16_supported() if device == "cpu" else device == "cuda"
-        precision = "bf16" if fast else "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    if name == "c" and device != "cpu":
-        raise utils.BadRequest(f"--engine c computes on a CPU alone; leave it out with --device {device}.")
-    if name != "torch" and device == "cpu":
-        try:
-            return Kernels(dtype), "c"
-        except build.Unavailable as error:
-            if name == "c":
-                raise utils.BadRequest(f"--engine c: {error}; --engine torch does without.") from error
-            print(f"No C engine: {error}. PyTorch trains, twice as long.", file=sys.stderr)
-    utils.require_device(device)
-    return Reference(dtype), "torch"
-
-
-# The network
-
-
 class Layer:
-    """Weights (inputs, width) and biases of a layer, their smoothed gradients, its units' mean activity."""
+    """Weights (inputs, width) and biases, their smoothed gradients, and the mean activity of each unit."""
 
-    def __init__(self, inputs, width, generator, dtype, device):
+    def __init__(self, inputs, width, generator, dtype=None, device="cpu"):
         normal = generator.standard_normal((inputs, width), dtype=np.float32) / np.float32(inputs**0.5)
         self.weights = torch.from_numpy(normal).to(device)
-        self.rounded = self.weights.to(dtype, copy=True)  # to multiply by
-        self.smooth = torch.zeros_like(self.weights)
-        self.biases, self.smooth_biases = torch.zeros(2, width, device=device)
-        self.active = torch.full((width,), 0.5, device=device)
+        self.velocity = torch.zeros_like(self.weights)
+        self.biases, self.bias_velocity = torch.zeros(2, width, device=device)
+        self.mean_activity = torch.full((width,), 0.5, device=device)
+        self.weights_lowp = self.weights.to(dtype, copy=True)  # what the fast path multiplies by
+
+    def forward(self, x):
+        """The activities (n, width). The next layer gets unit_rms of them, which hides their goodness."""
+        return (x @ self.weights + self.biases).relu()
+
+    def learn(self, x, config, rate=1):
+        """One step up the layer's own log-likelihood, from n positives and then n negatives: x (2n, inputs).
+
+        A layer calls an example positive with probability p = sigmoid(logit), and raises log p of positives
+        and log(1 - p) of negatives. Returns activities, loss, and which examples it was not sure of.
+        """
+        n, lr = len(x) // 2, rate * config.lr
+        weights, biases = (tensor.detach().requires_grad_() for tensor in (self.weights, self.biases))
+        z = x @ weights + biases
+        h = z.relu()
+        logit = GOODNESS[config.goodness](h, config.threshold)
+        margin = torch.cat([logit[:n], -logit[n:]])  # above 0 where the layer is right
+        unsure = torch.sigmoid(-margin) > config.skip_threshold  # it learns from these alone
+        # Peer normalisation: every positive pushes up the units that are less active than their peers.
+        pull = config.peer * (self.mean_activity.mean() - self.mean_activity)
+        objective = F.logsigmoid(margin[unsure]).sum() + (pull * z[:n]).sum()
+        of_weights, of_biases = torch.autograd.grad(objective, (weights, biases))
+        ascend(self.weights, self.velocity, of_weights / n, config.momentum, lr, config.weight_decay)
+        ascend(self.biases, self.bias_velocity, of_biases / n, config.momentum, lr)
+        h = h.detach()
+        self.mean_activity.lerp_(h[:n].mean(dim=0), 0.1)
+        return h, float(F.softplus(-margin.detach()).sum()), unsure
+
+
+def ascend(parameter, velocity, gradient, momentum, lr, weight_decay=0.0):
+    """One step up the smoothed gradient, in place."""
+    velocity.mul_(momentum).add_(gradient, alpha=1 - momentum)
+    parameter.mul_(1 - lr * weight_decay).add_(velocity, alpha=lr)
+
+
+def plain_step(network, images, labels, chance, rate=1):
+    """One step of each layer: the losses, and which images one learned from. `chance` samples negatives."""
+    config, n, read = network.config, len(images), []
+    x = write_label(images, torch.full_like(labels, LABELS), config.label_scale)
+    for layer in network.layers:  # a softmax reads what all layers pass on, and says which label looks right
+        read.append(x := unit_rms(layer.forward(x)))
+    head = network.head.detach().requires_grad_()
+    logits = torch.cat(read, dim=1) @ head
+    wrong = sample_negatives(labels, chance, logits.detach() if config.negatives == "hard" else None)
+
+    losses, unsure = [], torch.zeros(n, dtype=torch.bool)
+    x = write_label(images.repeat(2, 1), torch.cat([labels, wrong]), config.label_scale)
+    for layer in network.layers:
+        h, loss, taught = layer.learn(x, config, rate)
+        losses.append(loss)
+        unsure |= taught.view(2, n).any(dim=0)
+        x = unit_rms(h)
+    (of_head,) = torch.autograd.grad(-F.cross_entropy(logits, labels, reduction="sum"), head)
+    lr, decay = rate * config.head_lr, config.head_weight_decay
+    ascend(network.head, network.head_velocity, of_head / n, config.momentum, lr, decay)
+    return np.array(losses), unsure
+
+
+def plain_pass(network, inputs, labels, shape, seed, number, unsure):
+    """Show the images once, in batches, but for those that are skipped: each layer's mean loss."""
+    config, losses = network.config, 0
+    order, shifts, chance = sample_pass(config, seed, number, unsure)
+    for first in range(0, len(order), config.batch_size):
+        batch = slice(first, first + config.batch_size)
+        chosen = order[batch]
+        images = shift(inputs.view(-1, *shape), chosen, shifts[batch]) if config.jitter else inputs[chosen]
+        rate = lr_schedule((number + first / len(order)) / config.passes, config.lr_hold)
+        own, unsure[chosen] = plain_step(network, images, labels[chosen], chance[batch], rate)
+        losses += own
+    return losses / len(order)
+
+
+def plain_read_out(network, images):
+    """Each layer's logit for each label (layers, n, 10); the answer is the label with the highest sum."""
+    config, logits = network.config, []
+    for label in range(LABELS):
+        x = write_label(images, torch.full((len(images),), label), config.label_scale)
+        for layer in network.layers:
+            logits.append(GOODNESS[config.goodness](h := layer.forward(x), config.threshold))
+            x = unit_rms(h)
+    return torch.stack(logits).view(LABELS, len(network.layers), -1).permute(1, 2, 0)
+
+
+def sample_negatives(labels, chance, logits=None):
+    """A wrong label for each, by `chance` (n,) in [0, 1): any of nine, or in proportion to exp(logits)."""
+    if logits is None:
+        return (labels + 1 + (9 * chance).long()) % LABELS
+    wrong = torch.softmax(logits, dim=1) + 1e-9  # so that there is always something to choose from
+    wrong.scatter_(1, labels[:, None], 0)
+    cumulated = wrong.cumsum(dim=1)
+    sampled = (cumulated <= chance[:, None] * cumulated[:, -1:]).sum(dim=1)
+    # Rounding may lead past the last label that has a probability, which is 9, or 8 where 9 is right.
+    return torch.minimum(sampled, 9 - (labels == 9).long())
+
+
+def sample_pass(config, seed, number, unsure):
+    """For pass `number`, from 0: the order of examples, how far each moves (n, 2), and its `chance` (n,).
+
+    `unsure` (examples,) are shown in any case, and each of the others with probability revisit_prob.
+    """
+    generator = np.random.default_rng((seed, number))
+    revisited = torch.from_numpy(generator.random(len(unsure)) < config.revisit_prob).to(unsure.device)
+    order = torch.from_numpy(generator.permutation(len(unsure))).to(unsure.device)
+    shown = unsure | revisited
+    order = order[shown[order]] if shown.any() else order
+    shifts = torch.from_numpy(generator.integers(-config.jitter, config.jitter + 1, (len(order), 2)))
+    chance = torch.from_numpy(generator.random(len(order), dtype=np.float32))
+    return order, shifts.to(unsure.device), chance.to(unsure.device)
+
+
+def shift(images, chosen, shifts):
+    """The chosen of images (N, height, width), flat, each moved down and right by its row of `shifts`.
+
+    What comes in is 0. The first ten inputs are left to the label.
+    """
+    height, width = images.shape[1:]
+    rows = torch.arange(height, device=images.device) - shifts[:, :1]
+    columns = torch.arange(width, device=images.device) - shifts[:, 1:]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
+    rows, columns = rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None]
+    shifted = (images[chosen[:, None, None], rows, columns] * inside).flatten(1)
+    shifted[:, :LABELS] = 0
+    return shifted
+
+
+def lr_schedule(done, lr_hold):
+    """The learning rate as a part of the first: held for that part of training, then falling to 0."""
+    return min(1, max(0, 1 - done) / (1 - lr_hold)) if lr_hold < 1 else 1
 
 
 class Network:
-    """The layers, and the softmax that reads what they pass on, all of it, where the label is left open."""
+    """The layers, and the softmax that reads what all of them pass on of an image with the neutral label."""
 
-    def __init__(self, inputs, recipe, seed, engine, device="cpu"):
+    def __init__(self, inputs, config, seed, engine=None, device="cpu"):
+        self.config, self.engine = config, engine or TorchOps(torch.float32)
         generator = np.random.default_rng(seed)
-        sizes = [inputs] + [recipe.width] * recipe.layers
-        self.layers = [Layer(*pair, generator, engine.dtype, device) for pair in zip(sizes, sizes[1:])]
-        self.head, self.smooth_head = torch.zeros(2, recipe.layers * recipe.width, LABELS, device=device)
-        self.recipe, self.engine, self.goodness = recipe, engine, GOODNESS[recipe.goodness]
-        self.linear = self.goodness.linear
+        sizes = [inputs] + [config.width] * config.layers
+        self.layers = [Layer(*pair, generator, self.engine.dtype, device) for pair in zip(sizes, sizes[1:])]
+        self.head, self.head_velocity = torch.zeros(2, config.layers * config.width, LABELS, device=device)
 
     def state_dict(self):
         """Every tensor that the answers depend on, by name."""
@@ -183,161 +223,338 @@ class Network:
             state |= {f"weights{number}": layer.weights, f"biases{number}": layer.biases}
         return state
 
-    def load_state_dict(self, state):
-        """Take over the tensors, or arrays, of another network's state_dict."""
-        own = self.state_dict()
-        if {name: tuple(tensor.shape) for name, tensor in state.items()} != {
-            name: tuple(tensor.shape) for name, tensor in own.items()
-        }:
-            raise ValueError(f"not the tensors of this network: {', '.join(state)}")
-        for name, tensor in own.items():
-            tensor.copy_(torch.as_tensor(state[name]))
-        for layer in self.layers:
-            layer.rounded.copy_(layer.weights)
 
-    def label_rows(self):
-        """What each label adds to the first layer's products (11, width), biases included; the last is the
-        neutral one, a tenth of each. A label is one of the first ten inputs, so its weights are a row."""
-        first = self.layers[0]
-        labels = self.recipe.label * first.weights[:LABELS]
-        return torch.cat([labels, labels.mean(dim=0, keepdim=True)]) + first.biases
-
-    def first_products(self, images):
-        """Of images (n, inputs) and the first layer's weights: the same for all labels, taken once."""
-        return images @ self.layers[0].rounded
-
-    def forward(self, products, labels, rows):
-        """Of every layer activities, what is passed on, and goodness, for images with these labels."""
-        layers, none = [self.engine.activate(products, rows, labels, self.linear)], torch.zeros_like(labels)
-        for layer in self.layers[1:]:
-            products = layers[-1][1] @ layer.rounded
-            layers.append(self.engine.activate(products, layer.biases[None], none, self.linear))
-        return layers
-
-    def read_softmax(self, products, rows):
-        """What all layers pass on (n, layers * width) of images with the neutral label, and the logits."""
-        neutral = torch.full((len(products),), LABELS, device=products.device)
-        read = torch.cat([passed_on for _, passed_on, _ in self.forward(products, neutral, rows)], dim=1)
-        return read, (read @ self.head.to(read.dtype)).float()
+# Config
 
 
-def draw_negatives(labels, chance, logits=None):
-    """A wrong label for each, by `chance` (n,) in [0, 1): any other, or in proportion to exp(logits)."""
-    if logits is None:
-        return (labels + 1 + (9 * chance).long()) % LABELS
-    wrong = torch.softmax(logits, dim=1) + 1e-9  # never nothing to choose from
-    wrong.scatter_(1, labels[:, None], 0)
-    cumulated = wrong.cumsum(dim=1)
-    drawn = (cumulated <= chance[:, None] * cumulated[:, -1:]).sum(dim=1)
-    # Rounding may draw past the last that has a probability, which is 9, or 8 where 9 is right.
-    return torch.minimum(drawn, 9 - (labels == 9).long())
+class Config(NamedTuple):
+    """All that decides a network, beside its seed. FLAGS says what each number is."""
+
+    data: str = "mnist"
+    validation: int = 0
+
+    layers: int = 2
+    width: int = 500
+    goodness: str = "ssq"
+    threshold: float = 1.0
+    label_scale: float = 8.0  # beside pixels with a root mean square of 1
+
+    passes: int = 60
+    jitter: int = 1  # Hinton has 2, and no jitter in the permutation-invariant experiment
+    negatives: str = "hard"
+    batch_size: int = 200
+    parts: int = 1
+    lr: float = 0.0075
+    lr_hold: float = 0.5
+    momentum: float = 0.9
+    weight_decay: float = 3e-3
+    skip_threshold: float = 1e-3
+    revisit_prob: float = 0.25
+    peer: float = 0.03
+    head_lr: float = 0.1
+    head_weight_decay: float = 3e-3
+
+    precision: str = "bf16"
+    read_out: str = "all"
 
 
-# Training
+PRESETS = {
+    "ours": {},
+    # This suits images that stay where they are. Small batches of wide layers are slow, but these are few.
+    "permutation-invariant": {
+        "width": 1000,
+        "passes": 90,
+        "jitter": 0,
+        "batch_size": 100,
+        "lr": 0.01,
+        "weight_decay": 1e-2,
+    },
+    "hinton": {"layers": 4, "width": 2000, "jitter": 0, "parts": 2, "weight_decay": 1e-2},
+    "hinton-jitter": {"layers": 4, "width": 2000, "passes": 500, "jitter": 2, "parts": 2},
+}
+# What another goodness needs in order to learn as well in 8 passes (by `--validation 10000`). The logit of a
+# mean is 1 / width of that of a sum, so its learning rate is larger, and what is multiplied by it smaller.
+GOODNESS_DEFAULTS = {
+    "mean-sq": {"threshold": 3.0, "lr": 3.0, "weight_decay": 6e-6, "peer": 6e-5},
+    "sum": {"lr": 0.03},
+}
+
+DATA = ("mnist", "mnist16", "usps", "strokes", "mnist1d")
+READ_OUTS = ("all", "skip-first", "softmax")
+whole, real = functools.partial(utils.number, int), functools.partial(utils.number, float)
+FLAGS = {  # field of the config -> its choices or type, and what it is
+    "data": (DATA, "mnist has 28x28 pixels; mnist16, usps and strokes have 16x16; mnist1d has signals"),
+    "validation": (whole(at_least=0), "test on so many of the last training examples, not on the test set"),
+    "layers": (whole(1, 100), "hidden layers"),
+    "width": (whole(1, 10**5), "units of a layer"),
+    "goodness": (tuple(GOODNESS), "what positives have more of; neg-ssq: a smaller sum of squares"),
+    "threshold": (real(-1e6, 1e6), "goodness per unit above which a layer calls an example positive"),
+    "label_scale": (real(above=0, at_most=1e4), "value of a label's input, where images have an rms of 1"),
+    "passes": (whole(1, 10**6), "passes over the training set"),
+    "jitter": (whole(0, 7), "pixels by which images are moved at most, in both directions"),
+    "negatives": (("hard", "random"), "wrong labels: those that look right to the network, or any"),
+    "batch_size": (whole(1, 10**6), "examples of a batch"),
+    "parts": (whole(1, 64), "parts of a batch, which threads can share; more of them change the rounding"),
+    "lr": (real(above=0, at_most=1e6), "learning rate of the layers"),
+    "lr_hold": (real(0, 1), "part of training with the full rate, which then falls to 0"),
+    "momentum": (real(0, below=1), "of the smoothed gradients"),
+    "weight_decay": (real(0, below=1), "of the layers"),
+    "skip_threshold": (real(0, below=1), "skip examples of which a layer is wrong by less, in probability"),
+    "revisit_prob": (real(0, 1), "probability that an image is shown that all layers were sure of"),
+    "peer": (real(0, 1e6), "strength with which units are kept about equally active"),
+    "head_lr": (real(0, 1e6), "learning rate of the softmax"),
+    "head_weight_decay": (real(0, below=1), "of the softmax"),
+    "precision": (("auto", "fp32", "bf16"), "of matrix products; auto: bf16 where the processor has it"),
+    "read_out": (READ_OUTS, "which layers' goodness gives the answer, or the softmax in one forward pass"),
+}
 
 
-class Gradient(NamedTuple):
-    """Of a part of a batch: of each layer, and of the softmax; sums over examples."""
+def make_config(preset="ours", data="mnist", **changes):
+    """The full Config of a preset with the changes that are asked for."""
+    config = Config(data=data)._replace(**PRESETS[preset])
+    config = config._replace(**GOODNESS_DEFAULTS.get(changes.get("goodness"), {}))
+    if data == "mnist1d":  # its signals are no images
+        config = config._replace(jitter=0)
+    config = config._replace(**changes)
+    if data == "mnist1d" and config.jitter:
+        raise utils.BadRequest("--jitter moves images: leave it out with --data mnist1d")
+    return config
 
-    weights: list
-    biases: list
-    active: list  # sums of activities over positives, for their mean
-    head: torch.Tensor
-    losses: list  # of each layer, over positives and negatives
-    misordered: list  # pairs of which the negative has the higher goodness
-    misses: int  # of the softmax
-    unsure: torch.Tensor  # (n,) examples that taught a layer something
+
+# The same, faster
+#
+# The positive, the negative, the neutral image and all ten test labels differ in ten inputs, so the first
+# layer multiplies an image once and adds what each label makes of it. A layer's gradient is written out, as
+# one matrix product. What happens between the products is C (kernels/forward_forward.c), or TorchOps. Weights
+# to multiply by, activities and gradients are bfloat16 where the processor has it. A batch may be cut into
+# parts that threads share; since the config says into how many, the number of threads never changes a result.
 
 
-def differentiate(network, images, labels, chance):
-    """The gradient of every layer's own log-likelihood, for images (n, inputs) with the label left open.
+class TorchOps:
+    """What kernels/forward_forward.c does, in PyTorch and on any device."""
 
-    A layer calls an example positive with probability p = sigmoid(logit), and raises log p of positives and
-    log(1 - p) of negatives. By its activities the derivative is (1 - p) and -p times the slope of its logit,
-    and by its weights the outer product of that with its inputs, summed over examples: one matrix product,
-    and nothing that comes from the layers above.
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def activate(self, products, added, labels, linear=False):
+        """The activities h (n, width), unit_rms of h, and the goodness (n,): the sums of h, or of h squared.
+
+        `products` (m, width) are those of the inputs and the weights. Example r has those of row r mod m,
+        since a positive and a negative differ in their labels only. To them comes what the label adds: row
+        labels[r] of `added`, biases included.
+        """
+        repeated = products.float().repeat(len(labels) // len(products), 1)
+        exact = (repeated + added[labels]).relu()
+        h, squares = exact.to(self.dtype), exact.square().sum(dim=1)
+        passed_on = h.float() * torch.rsqrt(squares / h.shape[1] + 1e-8)[:, None]
+        return h, passed_on.to(self.dtype), exact.sum(dim=1) if linear else squares
+
+    def update(self, weights, velocity, weights_lowp, gradients, scale, momentum, lr, weight_decay):
+        """`ascend` in place; `gradients` are those of a batch's parts, and their sum counts by `scale`."""
+        gradient = sum(part.float() for part in gradients)
+        velocity.mul_(momentum).add_(gradient, alpha=(1 - momentum) * scale)
+        weights.mul_(1 - lr * weight_decay).add_(velocity, alpha=lr)
+        weights_lowp.copy_(weights)
+
+    def shift(self, images, chosen, shifts):
+        return shift(images, chosen, shifts)
+
+
+def pick_precision(name, device):
+    """What `auto` means: bf16 where the processor multiplies it at full speed."""
+    if name != "auto":
+        return name
+    fast = torch.cpu._is_avx512_bf16_supported() if device == "cpu" else device == "cuda"
+    return "bf16" if fast else "fp32"
+
+
+def pick_engine(name, device, precision):
+    """The engine (auto, c or torch) and its name."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    if name == "c" and device != "cpu":
+        raise utils.BadRequest(f"--engine c computes on a CPU only: leave it out with --device {device}")
+    if name != "torch" and device == "cpu":
+        try:
+            return kernels.Kernels(dtype), "c"
+        except build.Unavailable as error:
+            if name == "c":
+                raise utils.BadRequest(f"--engine c: {error}; use --engine torch") from error
+            print(f"No C engine: {error}. PyTorch trains, which takes twice as long.", file=sys.stderr)
+    utils.require_device(device)
+    return TorchOps(dtype), "torch"
+
+
+class Goodness(NamedTuple):
+    """GOODNESS from sums: the logit is sign * (sum of h or of h^2 - threshold), or that of the means."""
+
+    linear: bool = False  # the sum of h, not of its squares
+    mean: bool = False
+    sign: int = 1
+
+    def logits(self, sums, threshold, width):
+        above = sums / width - threshold if self.mean else sums - threshold * width
+        return self.sign * above
+
+    def slope(self, width):
+        """Of the logit by h if linear; otherwise by h^2 / 2, so that it is to be multiplied by h."""
+        return self.sign * (1 if self.linear else 2) / (width if self.mean else 1)
+
+
+SUMS = {
+    "ssq": Goodness(),
+    "mean-sq": Goodness(mean=True),
+    "sum": Goodness(linear=True),
+    "neg-ssq": Goodness(sign=-1),
+}
+
+
+def label_rows(network):
+    """What each label adds to the first layer's products (11, width), biases included; the last is neutral.
+
+    A label is one of the first ten inputs, so what it adds is a row of the weights.
     """
-    recipe, goodness, n = network.recipe, network.goodness, len(images)
-    rows, products = network.label_rows(), network.first_products(images)
-    read, logits = network.read_softmax(products, rows)
-    wrong = draw_negatives(labels, chance, logits if recipe.negatives == "hard" else None)
-    both = torch.cat([labels, wrong])  # positives, then negatives
+    first = network.layers[0]
+    labels = network.config.label_scale * first.weights[:LABELS]
+    return torch.cat([labels, labels.mean(dim=0, keepdim=True)]) + first.biases
 
+
+def first_products(network, images):
+    """Of images (n, inputs) and the first layer's weights: the same for all labels."""
+    return images @ network.layers[0].weights_lowp
+
+
+def activate(layer, x, engine, linear=False):
+    """A layer without label inputs: its activities h, what it passes on, and its goodness sums."""
+    none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    return engine.activate(x @ layer.weights_lowp, layer.biases[None], none, linear)
+
+
+def forward(network, products, labels, rows):
+    """For every layer the activities, what is passed on, and the sums, for images with these labels."""
+    engine, linear = network.engine, SUMS[network.config.goodness].linear
+    found = [engine.activate(products, rows, labels, linear)]
+    for layer in network.layers[1:]:
+        found.append(activate(layer, found[-1][1], engine, linear))
+    return found
+
+
+def read_softmax(network, products, rows):
+    """What all layers pass on (n, layers * width) of images with the neutral label; the softmax's logits."""
+    neutral = torch.full((len(products),), LABELS, device=products.device)
+    read = torch.cat([passed_on for _, passed_on, _ in forward(network, products, neutral, rows)], dim=1)
+    return read, (read @ network.head.to(read.dtype)).float()
+
+
+class LayerGradient(NamedTuple):
+    """Of a layer, for a part of a batch: sums over examples, of the log-likelihood that is to be raised."""
+
+    weights: object
+    biases: object
+    activity: object  # of each unit, over positives
+    loss: object  # over positives and negatives
+    misordered: object  # pairs of which the negative has the higher goodness
+    taught: object  # which examples taught it something
+
+
+class Gradients(NamedTuple):
+    """Of a network, for a part of a batch."""
+
+    layers: list
+    head: object
+    misses: object  # of the softmax
+    unsure: object  # (n,) images that taught a layer something
+
+
+def layer_gradient(layer, x, h, sums, config, labels=None):
+    """The LayerGradient of n positives and then n negatives, whose activities are h (2n, width).
+
+    The inputs x are (2n, inputs); or (n, inputs) where a positive and its negative have them in common but
+    for the `labels` (2n,), which then take the first ten.
+
+    The derivative of the log-likelihood by the logit is 1 - p for positives and -p for negatives. By the
+    activities it is that times the slope of the logit, and by the weights the outer product of this and the
+    inputs. Summed over examples, that is one matrix product; nothing comes from the layers above.
+    """
+    goodness, n = SUMS[config.goodness], len(h) // 2
+    width = h.shape[1]
+    logit = goodness.logits(sums, config.threshold, width)
+    against = torch.cat([-logit[:n], logit[n:]])
+    wrong_by = torch.sigmoid(against)  # 1 - p of positives, p of negatives
+    taught = (~(wrong_by <= config.skip_threshold)).nonzero()[:, 0]  # written so that NaN counts as unsure
+    slopes = torch.where(taught < n, goodness.slope(width), -goodness.slope(width))
+    d = (slopes * wrong_by[taught])[:, None]
+    d = d * ((h[taught] > 0).float() if goodness.linear else h[taught].float())
+    # Peer normalisation adds the same row for every positive, so it is one more row, of their inputs' sum.
+    peer = config.peer * (layer.mean_activity.mean() - layer.mean_activity)
+    d = torch.cat([d, peer[None]])
+    seen = x[taught % len(x)], x[:n].sum(dim=0, keepdim=True)
+    weights = torch.cat(seen).T @ d.to(x.dtype)
+    if labels is not None:
+        of_label = F.one_hot(labels[taught], LABELS).float()
+        of_label = torch.cat([of_label, torch.bincount(labels[:n], minlength=LABELS)[None].float()])
+        weights[:LABELS] += (config.label_scale * of_label.T @ d).to(weights.dtype)
+    biases = d[:-1].sum(dim=0) + n * peer
+    activity = h[:n].sum(dim=0, dtype=torch.float32)
+    misordered = (logit[:n] <= logit[n:]).sum()
+    return LayerGradient(weights, biases, activity, F.softplus(against).sum(), misordered, taught)
+
+
+def gradients(network, images, labels, chance):
+    """The Gradients for images (n, inputs) whose first ten inputs are 0."""
+    config, n = network.config, len(images)
+    rows, products = label_rows(network), first_products(network, images)
+    read, logits = read_softmax(network, products, rows)
+    wrong = sample_negatives(labels, chance, logits if config.negatives == "hard" else None)
+    x, both, layers = images, torch.cat([labels, wrong]), []
     unsure = torch.zeros(n, dtype=torch.bool, device=images.device)
-    gradient, inputs = Gradient([], [], [], None, [], [], 0, unsure), images
-    for number, (layer, (h, passed_on, sums)) in enumerate(
-        zip(network.layers, network.forward(products, both, rows))
-    ):
-        logit = goodness.logits(sums, recipe.threshold, recipe.width)
-        against = torch.cat([-logit[:n], logit[n:]])
-        wrong_by = torch.sigmoid(against)  # 1 - p of positives, p of negatives
-        taught = (~(wrong_by <= recipe.sure)).nonzero()[:, 0]  # what is no number, too
-        unsure[taught % n] = True
-        slopes = torch.where(taught < n, goodness.slope(recipe.width), -goodness.slope(recipe.width))
-        d = (slopes * wrong_by[taught])[:, None]
-        d = d * ((h[taught] > 0).float() if goodness.linear else h[taught].float())
-        # Peer normalisation: of every positive, units that are less active than their peers are pushed up, be
-        # they active or not. That is the same row for all of them: one more row, of their inputs' sum.
-        peer = recipe.peer * (layer.active.mean() - layer.active)
-        d = torch.cat([d, peer[None]])
-        seen = inputs[taught % len(inputs)], inputs[:n].sum(dim=0, keepdim=True)
-        weights = torch.cat(seen).T @ d.to(inputs.dtype)
-        if number == 0:
-            of_label = F.one_hot(both[taught], LABELS).float()
-            of_label = torch.cat([of_label, torch.bincount(labels, minlength=LABELS)[None].float()])
-            weights[:LABELS] += (recipe.label * of_label.T @ d).to(weights.dtype)
-        gradient.weights.append(weights)
-        gradient.biases.append(d[:-1].sum(dim=0) + n * peer)
-        gradient.active.append(h[:n].sum(dim=0, dtype=torch.float32))
-        # softplus is log(1 + exp), and never inf.
-        gradient.losses.append(F.softplus(against).sum())
-        gradient.misordered.append((logit[:n] <= logit[n:]).sum())
-        inputs = passed_on
-
+    for layer, (h, passed_on, sums) in zip(network.layers, forward(network, products, both, rows)):
+        layers.append(layer_gradient(layer, x, h, sums, config, None if layers else both))
+        unsure[layers[-1].taught % n] = True
+        x = passed_on
     error = F.one_hot(labels, LABELS) - torch.softmax(logits, dim=1)
     head = (read.T @ error.to(read.dtype)).float()
-    return gradient._replace(head=head, misses=(logits.argmax(dim=1) != labels).sum())
+    return Gradients(layers, head, (logits.argmax(dim=1) != labels).sum(), unsure)
 
 
-def step(network, gradients, n, rate, threads):
-    """Step up the gradients of the parts of a batch of n; `rate` is that of now, as a part of the first."""
-    recipe, engine = network.recipe, network.engine
+def step_layer(layer, found, n, rate, config, engine, threads):
+    """One step of a layer, from the LayerGradients of the parts of a batch of n."""
+    lr, own = rate * config.lr, [gradient.weights.view(-1) for gradient in found]
+    flat = layer.weights.view(-1), layer.velocity.view(-1), layer.weights_lowp.view(-1)
+
+    def update(part):
+        tensors, shares = [tensor[part] for tensor in flat], [gradient[part] for gradient in own]
+        engine.update(*tensors, shares, 1 / n, config.momentum, lr, config.weight_decay)
+
+    threads.map(update, cut(0, len(own[0]), config.parts))
+    biases = sum(gradient.biases for gradient in found)
+    layer.bias_velocity.mul_(config.momentum).add_(biases, alpha=(1 - config.momentum) / n)
+    layer.biases.add_(layer.bias_velocity, alpha=lr)
+    layer.mean_activity.mul_(0.9).add_(sum(gradient.activity for gradient in found), alpha=0.1 / n)
+
+
+def step(network, found, n, rate, threads):
+    """One step of the network, from the Gradients of the parts of a batch of n."""
+    config = network.config
     for number, layer in enumerate(network.layers):
-        parts = [gradient.weights[number].view(-1) for gradient in gradients]
-        flat = layer.weights.view(-1), layer.smooth.view(-1), layer.rounded.view(-1)
-
-        def update(own, flat=flat, parts=parts):
-            tensors, shares = [tensor[own] for tensor in flat], [part[own] for part in parts]
-            rates = recipe.smoothing, rate * recipe.lr, recipe.weight_decay
-            engine.update(*tensors, shares, 1 / n, *rates)
-
-        threads.map(update, threads.cut(0, len(parts[0])))
-        biases = sum(gradient.biases[number] for gradient in gradients)
-        layer.smooth_biases.mul_(recipe.smoothing).add_(biases, alpha=(1 - recipe.smoothing) / n)
-        layer.biases.add_(layer.smooth_biases, alpha=rate * recipe.lr)
-        active = sum(gradient.active[number] for gradient in gradients)
-        layer.active.mul_(0.9).add_(active, alpha=0.1 / n)
-    head = sum(gradient.head for gradient in gradients)
-    network.smooth_head.mul_(recipe.smoothing).add_(head, alpha=(1 - recipe.smoothing) / n)
-    network.head.mul_(1 - rate * recipe.head_lr * recipe.head_weight_decay)
-    network.head.add_(network.smooth_head, alpha=rate * recipe.head_lr)
+        own = [part.layers[number] for part in found]
+        step_layer(layer, own, n, rate, config, network.engine, threads)
+    head = sum(part.head for part in found)
+    network.head_velocity.mul_(config.momentum).add_(head, alpha=(1 - config.momentum) / n)
+    network.head.mul_(1 - rate * config.head_lr * config.head_weight_decay)
+    network.head.add_(network.head_velocity, alpha=rate * config.head_lr)
 
 
-def falling(done, held):
-    """The learning rate as a part of the first: held for that part of training, then falling to 0."""
-    return min(1, max(0, 1 - done) / (1 - held)) if held < 1 else 1
+def cut(first, last, parts):
+    """From first to last in so many contiguous slices of about the same length, none of them empty."""
+    ends = [first + (last - first) * k // parts for k in range(parts + 1)]
+    return [slice(*pair) for pair in zip(ends, ends[1:]) if pair[0] < pair[1]]
 
 
 class Threads:
-    """`count` Python threads, each with one of PyTorch's: two of those wait for each other, spinning."""
+    """`count` Python threads, with one of PyTorch's in each: two of those wait for each other, spinning."""
 
     def __init__(self, count):
-        self.count, self.pool = count, ThreadPoolExecutor(count) if count > 1 else None
-
-    def cut(self, first, last):
-        """From first to last in slices of about the same length, one for each thread; none that is empty."""
-        ends = [first + (last - first) * k // self.count for k in range(self.count + 1)]
-        return [slice(*pair) for pair in zip(ends, ends[1:]) if pair[0] < pair[1]]
+        self.pool = ThreadPoolExecutor(count) if count > 1 else None
 
     def map(self, function, items):
         if not self.pool:
@@ -350,44 +567,34 @@ class Threads:
             return function(item)
 
 
-def train_epoch(network, inputs, labels, shape, seed, epoch, threads, unsure, progress=None):
-    """Present the examples once, in batches, but for those that are skipped: what the log says of learning.
+def train_pass(network, inputs, labels, shape, seed, number, threads, unsure, progress=None):
+    """`plain_pass`, faster: what the record says of learning. `unsure` changes in place."""
+    config = network.config
+    order, shifts, chance = sample_pass(config, seed, number, unsure)
+    n, losses, misordered, misses = len(order), [0.0] * config.layers, [0] * config.layers, 0
 
-    `unsure` (n,): those of which a layer was not sure when it saw them last; it changes in place.
-    """
-    recipe, count = network.recipe, len(labels)
-    generator = np.random.default_rng((seed, epoch))
-    reviewed = torch.from_numpy(generator.random(count) < recipe.review).to(labels.device)
-    order = torch.from_numpy(generator.permutation(count)).to(labels.device)
-    shown = unsure | reviewed
-    order = order[shown[order]] if shown.any() else order
-    n = len(order)
-    shifts = torch.from_numpy(generator.integers(-recipe.jitter, recipe.jitter + 1, (n, 2))).to(labels.device)
-    chance = torch.from_numpy(generator.random(n, dtype=np.float32)).to(labels.device)
-    losses, misordered, misses = [0.0] * recipe.layers, [0] * recipe.layers, 0
-
-    def gradient_of(part):
+    def gradients_of(part):
         chosen = order[part]
-        if recipe.jitter:
-            images = network.engine.shift(inputs.view(count, *shape), chosen, shifts[part])
+        if config.jitter:
+            images = network.engine.shift(inputs.view(len(labels), *shape), chosen, shifts[part])
         else:
             images = inputs[chosen]
-        gradient = differentiate(network, images, labels[chosen], chance[part])
-        unsure[chosen] = gradient.unsure
-        return gradient
+        found = gradients(network, images, labels[chosen], chance[part])
+        unsure[chosen] = found.unsure
+        return found
 
-    for first in range(0, n, recipe.batch_size):
-        size = min(recipe.batch_size, n - first)
-        gradients = threads.map(gradient_of, threads.cut(first, first + size))
-        rate = falling((epoch + first / n) / recipe.epochs, recipe.held)
-        step(network, gradients, size, rate, threads)
-        for gradient in gradients:
-            misses += int(gradient.misses)
-            for number in range(recipe.layers):
-                losses[number] += float(gradient.losses[number])
-                misordered[number] += int(gradient.misordered[number])
+    for first in range(0, n, config.batch_size):
+        size = min(config.batch_size, n - first)
+        found = threads.map(gradients_of, cut(first, first + size, config.parts))
+        rate = lr_schedule((number + first / n) / config.passes, config.lr_hold)
+        step(network, found, size, rate, threads)
+        for part in found:
+            misses += int(part.misses)
+            for k, layer in enumerate(part.layers):
+                losses[k] += float(layer.loss)
+                misordered[k] += int(layer.misordered)
         if progress:
-            progress.update(size)
+            progress(size)
     return {
         "layer_losses": [loss / n for loss in losses],
         "layer_errors": [100 * wrong / n for wrong in misordered],
@@ -396,43 +603,40 @@ def train_epoch(network, inputs, labels, shape, seed, epoch, threads, unsure, pr
     }
 
 
-# Answers
-
-
 def read_out(network, inputs, at_a_time=500):
-    """Every layer's goodness logits (layers, n, 10), for each label in turn, and the softmax's (n, 10)."""
-    goodness, softmax = [], []
-    rows = network.label_rows()
+    """`plain_read_out`, faster: logits of the layers (layers, n, 10), and of the softmax (n, 10)."""
+    logits, softmax = [], []
+    rows, config = label_rows(network), network.config
     for images in inputs.split(at_a_time):
         labels = torch.arange(LABELS, device=inputs.device).repeat_interleave(len(images))
-        products = network.first_products(images)
-        sums = torch.stack([sums for _, _, sums in network.forward(products, labels, rows)])
-        logits = network.goodness.logits(sums, network.recipe.threshold, network.recipe.width)
-        goodness.append(logits.view(len(sums), LABELS, -1).transpose(1, 2))
-        softmax.append(network.read_softmax(products, rows)[1])
-    return torch.cat(goodness, dim=1), torch.cat(softmax)
+        products = first_products(network, images)
+        sums = torch.stack([sums for _, _, sums in forward(network, products, labels, rows)])
+        own = SUMS[config.goodness].logits(sums, config.threshold, config.width)
+        logits.append(own.view(len(sums), LABELS, -1).transpose(1, 2))
+        softmax.append(read_softmax(network, products, rows)[1])
+    return torch.cat(logits, dim=1), torch.cat(softmax)
 
 
-def evaluate(network, inputs, labels, choice="all"):
-    """The loss of the softmax of the answers' logits, misses, and the misses of every way to read out."""
-    goodness, softmax = read_out(network, inputs)
-    answers = {"all": goodness.sum(dim=0), "skip-first": goodness[1:].sum(dim=0), "softmax": softmax}
-    if len(goodness) == 1:
+def evaluate(network, inputs, labels, way="all"):
+    """The cross-entropy of the answers, the misses, and the misses of every way to read out."""
+    logits, softmax = read_out(network, inputs)
+    answers = {"all": logits.sum(dim=0), "skip-first": logits[1:].sum(dim=0), "softmax": softmax}
+    if len(logits) == 1:
         answers["skip-first"] = answers["all"]  # there is no other layer
-    misses = {name: int((logits.argmax(dim=1) != labels).sum()) for name, logits in answers.items()}
-    loss = float(F.cross_entropy(answers[choice].double(), labels))
-    return loss, misses[choice], misses
+    misses = {name: int((answer.argmax(dim=1) != labels).sum()) for name, answer in answers.items()}
+    loss = float(F.cross_entropy(answers[way].double(), labels))
+    return loss, misses[way], misses
 
 
-# Around it
+# A run
 
 
 def load(name, data_root=None, validation=0):
     """split -> (inputs (n, k) float32, labels (n,)), the shape of an image or None, and the data's SHA-256.
 
-    Images are divided by their root mean square; the label's ten inputs are 0. They are an image's first ten
-    pixels, as published; of MNIST-1D, whose signals begin at once, they come before it. With `validation`, so
-    many of the last examples to train on take the place of those to test on, which are not even returned.
+    The label takes an image's first ten pixels, as published; of MNIST-1D, whose signals begin at once, the
+    label's inputs come before the signal. With `validation`, so many of the last training examples are the
+    split `validation`, and there is no test split.
     """
     if name == "mnist":
         splits = {split: (x.float() / 255, y) for split, (x, y) in prepro.load_whole_mnist(data_root).items()}
@@ -456,7 +660,7 @@ def load(name, data_root=None, validation=0):
     if validation:
         x, y = splits["train"]
         if validation >= len(y):
-            raise utils.BadRequest(f"--validation {validation}: {name} has {len(y)} examples to train on.")
+            raise utils.BadRequest(f"--validation {validation}: {name} has {len(y)} training examples")
         splits = {
             "train": (x[:-validation], y[:-validation]),
             "validation": (x[-validation:], y[-validation:]),
@@ -465,229 +669,135 @@ def load(name, data_root=None, validation=0):
 
 
 def normalise(inputs):
-    """Inputs (n, k) with the label's place empty, divided by their root mean square."""
+    """Inputs (n, ...), flat, with the label's place emptied and a root mean square of 1."""
     inputs = inputs.flatten(1).clone()
     inputs[:, :LABELS] = 0
-    return inputs * torch.rsqrt(inputs.square().mean(dim=1, keepdim=True) + 1e-8)
+    return unit_rms(inputs)
 
 
-def train(seed, name, recipe, splits, shape, engine, args, folder, progress=None):
-    """Train a network, epoch by epoch, and log it: the network, its log, and what was seen on the way."""
-    splits = {split: (x.to(args.device, engine.dtype), y.to(args.device)) for split, (x, y) in splits.items()}
-    network = Network(splits["train"][0].shape[1], recipe, seed, engine, args.device)
-    threads, log, seconds = Threads(args.threads), [], 0.0
-    unsure = torch.ones(len(splits["train"][1]), dtype=torch.bool, device=args.device)
-    shown = 0
-    for epoch in range(recipe.epochs):
-        started = time.perf_counter()
-        running = train_epoch(network, *splits["train"], shape, seed, epoch, threads, unsure, progress)
-        seconds += time.perf_counter() - started
-        shown += running["shown"]
-        if not np.isfinite(running["layer_losses"]).all():
-            raise utils.RunFailed(
-                f"seed {seed}: a layer's loss is no number after pass {epoch + 1}; lower --lr."
-            )
-        log.append({"pass": epoch + 1, "split": "running", **running, "presentations": shown})
-        log[-1]["train_seconds"] = round(seconds, 3)
-        # Those to test on are looked at once, at the end.
-        for split in splits if epoch + 1 == recipe.epochs else {"validation"} & splits.keys():
-            loss, misses, of_all = evaluate(network, *splits[split], args.read_out)
-            n = len(splits[split][1])
-            entry = utils.evaluation(seed, epoch + 1, split, loss, misses, n, shown, seconds)
-            log.append(entry | {"errors": {way: 100 * count / n for way, count in of_all.items()}})
-        utils.report_pass(log, folder, name, seed, args.quiet or epoch + 1 < recipe.epochs)
-    state = {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}
-    utils.write_whole(folder / f"weights-seed{seed}.npz", utils.npz_bytes(**state))
-    return network, log
+def train(config, seed, splits, shape, engine, threads=1, device="cpu", progress=None):
+    """Train a network: its records, and the network. Its `threads` share the parts of a batch."""
+    with torch.inference_mode():
+        splits = {split: (x.to(device, engine.dtype), y.to(device)) for split, (x, y) in splits.items()}
+        inputs, labels = splits["train"]
+        network = Network(inputs.shape[1], config, seed, engine, device)
+        unsure = torch.ones(len(labels), dtype=torch.bool, device=device)
+        records, shown, threads = [], 0, Threads(threads)
+        for number in range(config.passes):
+            running = train_pass(network, inputs, labels, shape, seed, number, threads, unsure, progress)
+            shown += running["shown"]
+            if not np.isfinite(running["layer_losses"]).all():
+                where = f"seed {seed}: the loss of a layer is not finite after pass {number + 1}"
+                raise utils.RunFailed(f"{where}: training diverged; try a lower --lr")
+            records.append({"pass": number + 1, "split": "running", **running, "presentations": shown})
+            # The training and the test set are evaluated once, at the end.
+            for split in splits if number + 1 == config.passes else {"validation"} & splits.keys():
+                n = len(splits[split][1])
+                loss, misses, of_all = evaluate(network, *splits[split], config.read_out)
+                record = runs.evaluation(number + 1, split, loss, misses, n) | {"presentations": shown}
+                records.append(record | {"errors": {way: 100 * count / n for way, count in of_all.items()}})
+        return records, network
 
 
-def draw(network, log, splits, shape, name, folder):
-    """The figures of a replica: what each layer learned when, and what it makes of right and wrong labels."""
-    import figures
+def load_network(path, engine=None, device="cpu"):
+    """The network whose weights `main` has saved. BadRequest where the file holds anything else."""
+    config, _, arrays = load_weights(path, "forward_forward")
+    try:
+        config = Config(**{field: config[field] for field in Config._fields})
+        network = Network(len(arrays["weights1"]), config, 0, engine, device)
+        shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        if {name: array.shape for name, array in arrays.items()} != shapes:
+            raise ValueError("not the arrays of this config")
+    except (LookupError, TypeError, ValueError) as error:
+        raise utils.BadRequest(f"{path} is damaged ({error}): train the network anew") from error
+    for name, tensor in network.state_dict().items():
+        tensor.copy_(torch.from_numpy(arrays[name]))
+    for layer in network.layers:
+        layer.weights_lowp.copy_(layer.weights)
+    return network
 
-    split = list(splits)[-1]
+
+def plot(network, run, seed, splits, shape, title):
+    """The figures of a seed: what each layer learned when, and what it makes of right and wrong labels."""
+    path, split = run.path.with_suffix(""), list(splits)[-1]
     inputs, labels = (tensor[:2000] for tensor in splits[split])
-    device = network.head.device
-    inputs, labels = inputs.to(device, network.engine.dtype), labels.to(device)
-    goodness, logits = read_out(network, inputs)
-    right = goodness.gather(2, labels.expand(len(goodness), -1)[:, :, None])[:, :, 0]
-    chance = torch.from_numpy(np.random.default_rng(0).random(len(labels), dtype=np.float32)).to(device)
-    wrong = draw_negatives(labels, chance, logits)
-    taken = goodness.gather(2, wrong.expand(len(goodness), -1)[:, :, None])[:, :, 0]
-    running = [entry for entry in log if entry["split"] == "running"]
-    figures.save(figures.layers_learning(running, name), folder / "curves.png")
-    figures.save(figures.goodness_histograms(right.cpu(), taken.cpu(), name), folder / "goodness.png")
+    logits, softmax = read_out(network, inputs)
+    right = logits.gather(2, labels.expand(len(logits), -1)[:, :, None])[:, :, 0]
+    chance = torch.from_numpy(np.random.default_rng(0).random(len(labels), dtype=np.float32)).to(
+        labels.device
+    )
+    wrong = sample_negatives(labels, chance, softmax)
+    taken = logits.gather(2, wrong.expand(len(logits), -1)[:, :, None])[:, :, 0]
+    running, evaluated = ([r for r in run.records[seed] if r["split"] == own] for own in ("running", split))
+    figures.save(figures.layers_learning(running, title, evaluated), f"{path}.curves.png")
+    figures.save(figures.goodness_histograms(right.cpu(), taken.cpu(), title), f"{path}.goodness.png")
 
     seven = int((labels == 7).int().argmax())  # the first; without any, the first digit
-    image = inputs[seven : seven + 1]
-    tried = torch.tensor([int(labels[seven]), 0], device=device)
-    activities = [
-        h.float().cpu()
-        for h, _, _ in network.forward(network.first_products(image), tried, network.label_rows())
-    ]
-    figures.save(
-        figures.activities(activities, goodness[:, seven].cpu(), tried.tolist(), name),
-        folder / "activities.png",
-    )
+    tried = torch.tensor([int(labels[seven]), 0], device=labels.device)
+    products = first_products(network, inputs[seven : seven + 1])
+    activities = [h.float().cpu() for h, _, _ in forward(network, products, tried, label_rows(network))]
+    picture = figures.activities(activities, logits[:, seven].cpu(), tried.tolist(), title)
+    figures.save(picture, f"{path}.activities.png")
     if shape:
-        shown = slice(10)
-        both = torch.stack([inputs[shown], inputs[shown]]).float().cpu()
-        for row, own in zip(both, (labels[shown], wrong[shown])):
-            row[torch.arange(len(row)), own.cpu()] = network.recipe.label
-        captions = [
-            f"{what} {int(label)}" for what, own in (("+", labels), ("-", wrong)) for label in own[shown]
-        ]
-        title = f"{name}: positive and negative examples as the network sees them"
-        images = both.flatten(0, 1).view(-1, *shape).numpy()
-        figures.save(
-            figures.gallery(images, captions, title, columns=10, low=0, high=5), folder / "examples.png"
-        )
+        images = inputs[:10].float().cpu().view(-1, *shape).numpy()
+        pairs = labels[:10].tolist(), wrong[:10].tolist()
+        figures.save(figures.labelled(images, pairs, title), f"{path}.examples.png")
 
 
-SETTINGS = {
-    "ours": {},
-    # What images that stay put want, and can have: small batches of wide layers are slow.
-    "permutation-invariant": {
-        "width": 1000,
-        "epochs": 90,
-        "jitter": 0,
-        "batch_size": 100,
-        "lr": 0.01,
-        "weight_decay": 1e-2,
-    },
-    "hinton": {"layers": 4, "width": 2000, "epochs": 60, "jitter": 0, "weight_decay": 1e-2},
-    "hinton-jitter": {"layers": 4, "width": 2000, "epochs": 500, "jitter": 2},
-}
-
-
-# What another goodness wants, if it is to learn as well in 8 passes (by `--validation 10000`). The logit of a
-# mean is 1 / width of that of a sum: its rate is larger, and smaller what is in proportion to it.
-SUITED = {
-    "mean-sq": {"threshold": 3.0, "lr": 3.0, "weight_decay": 6e-6, "peer": 6e-5},
-    "sum": {"lr": 0.03},
-}
-
-
-def as_article(args, asked):
-    """Run an article's protocol, which has little in common with this: it is a study of its own."""
-    from studies import ff_article  # which imports this file
-
-    wanted = {"data": args.data != "mnist", "validation": args.validation, "read-out": args.read_out != "all"}
-    wanted |= {name.replace("_", "-"): True for name in asked if name not in ("epochs", "batch_size")}
-    if strange := [f"--{name}" for name, is_set in wanted.items() if is_set]:
-        raise utils.BadRequest(f"{', '.join(strange)}: not with --as article, which says what it is.")
-    argv = ["--rungs", "as-written", "--steps", str(args.epochs or ff_article.STEPS)]
-    names = "data_root", "batch_size", "seed", "seeds", "device", "engine", "precision", "threads", "out"
-    for name in names:
-        if getattr(args, name) is not None:
-            argv += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    argv += [f"--{name}" for name in ("smoke", "quiet") if getattr(args, name)]
-    return ff_article.main(argv)
-
-
-def add_recipe_flags(parser):
-    """A flag for every field of the recipe; one that is not given is None."""
-    above, at_least = (functools.partial(utils.number, float), functools.partial(utils.number, int))
-    kinds = {
-        "layers": at_least(at_least=1, at_most=100),
-        "width": at_least(at_least=1, at_most=10**5),
-        "epochs": at_least(at_least=1, at_most=10**6),
-        "jitter": at_least(at_least=0, at_most=7),
-        "batch_size": at_least(at_least=1, at_most=10**6),
-        "threshold": above(),
-        "label": above(above=0, at_most=1e4),
-        "lr": above(above=0),
-        "held": above(at_least=0, at_most=1),
-        "smoothing": above(at_least=0, below=1),
-        "weight_decay": above(at_least=0, below=1),
-        "sure": above(at_least=0, below=1),
-        "review": above(at_least=0, at_most=1),
-        "peer": above(at_least=0),
-        "head_lr": above(at_least=0),
-        "head_weight_decay": above(at_least=0, below=1),
-    }
-    choices = {"negatives": ("hard", "random"), "goodness": tuple(GOODNESS)}
-    flag = parser.add_argument_group("recipe").add_argument
-    for name, usual in Recipe()._asdict().items():
-        how = {"choices": choices[name]} if name in choices else {"type": kinds[name]}
-        flag(f"--{name.replace('_', '-')}", help=f"(default: {usual}, or that of --as or --goodness)", **how)
+def parse_flags(argv):
+    """The flags, and the numbers of the config that they change."""
+    parser = utils.Parser("forward_forward", __doc__)
+    parser.add_argument("--data-root", metavar="DIR", type=utils.folder, help=prepro.DATA_ROOT_HELP)
+    preset = {"default": "ours", "choices": tuple(PRESETS), "help": "whose config (default: ours)"}
+    parser.add_argument("--preset", "--as", **preset)
+    flag = parser.add_argument_group("config (--preset and --goodness may set other defaults)").add_argument
+    for field, usual in Config(precision="auto")._asdict().items():
+        kind, words = FLAGS[field]
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        flag(f"--{field.replace('_', '-')}", help=f"{words} (default: {usual})", **how)
+    utils.add_run_flags(parser, utils.ROOT / "results" / "forward_forward")
+    parser.add_argument("--figures", default=True, action=argparse.BooleanOptionalAction, help="draw figures")
+    args = parser.parse_args(argv)
+    changes = {field: value for field in FLAGS if (value := getattr(args, field)) is not None}
+    return args, changes | {"precision": pick_precision(args.precision or "auto", args.device)}
 
 
 @utils.exit_status
 def main(argv=None):
-    parser = utils.Parser("forward_forward", __doc__)
-    flag = parser.add_argument_group("data").add_argument
-    flag("--data", default="mnist", choices=DATA, help="mnist: 28x28; mnist16, usps, strokes: 16x16")
-    flag("--data-root", metavar="DIR", help=prepro.DATA_ROOT_HELP)
-    size = utils.number(int, at_least=0)
-    flag(
-        "--validation", default=0, type=size, help="so many of those to train on in the place of the test set"
-    )
-    whose = "whose recipe; article: that of studies/ff_article.py, of which --epochs are the steps on a batch"
-    flag("--as", default="ours", choices=(*SETTINGS, "article"), help=whose)
-    flag(
-        "--read-out",
-        default="all",
-        choices=("all", "skip-first", "softmax"),
-        help="layers summed, or one pass",
-    )
-    flag("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the matrix products")
-    add_recipe_flags(parser)
-    args = utils.parse(parser, "forward_forward", argv)
-
-    asked = {name: getattr(args, name) for name in Recipe._fields if getattr(args, name) is not None}
-    if getattr(args, "as") == "article":
-        return as_article(args, asked)
-    preset = Recipe(**SETTINGS[getattr(args, "as")])
-    preset = preset._replace(**SUITED.get(args.goodness, {}))
-    recipe = preset._replace(**asked)
-    if args.data == "mnist1d":
-        if asked.get("jitter"):
-            raise utils.BadRequest("--jitter moves images: leave it out with --data mnist1d.")
-        recipe = recipe._replace(jitter=0)
-    torch.set_num_threads(1)
-    splits, shape, sha256 = load(args.data, args.data_root, args.validation)
+    args, changes = parse_flags(argv)
+    config = make_config(args.preset, **changes)
+    usual = make_config(args.preset, config.data, goodness=config.goodness)._replace(goodness="ssq")
     if args.smoke:
-        recipe = recipe._replace(epochs=min(recipe.epochs, 2))
+        config = config._replace(passes=min(config.passes, 2))
+    engine, engine_name = pick_engine(args.engine, args.device, config.precision)
+    torch.set_num_threads(1)
+    splits, shape, sha256 = load(config.data, args.data_root, config.validation)
+    splits = {split: (x.to(args.device, engine.dtype), y.to(args.device)) for split, (x, y) in splits.items()}
+    if args.smoke:
         splits = {split: (x[:500], y[:500]) for split, (x, y) in splits.items()}
-    engine, engine_name = pick_engine(args.engine, args.device, args.precision)
-    args.threads = args.threads if args.device == "cpu" else 1
+    # Seeds are trained side by side, a thread each; threads that are left over share the parts of a batch.
+    seeds = range(args.seed, args.seed + args.seeds)
+    at_once = min(args.threads, args.seeds) if args.device == "cpu" else 1
+    helpers = min(args.threads // at_once, config.parts) if args.device == "cpu" else 1
+    facts = {"engine": engine_name, "device": args.device}
+    words = [config.data] + [args.preset] * (args.preset != "ours")
+    described = config._asdict() | ({"smoke_digits": 500} if args.smoke else {})
+    path = runs.path_of(args, words, described, usual._asdict(), **facts)
+    facts["threads"] = at_once * helpers
+    with runs.open_run(path, "forward_forward", described, sha256, log=True, **facts) as run:
 
-    settings = {"data": args.data, "as": getattr(args, "as")}
-    settings |= {name: value for name, value in asked.items() if value != getattr(preset, name)}
-    settings |= {"validation": args.validation} if args.validation else {}
-    settings |= {"read_out": args.read_out} if args.read_out != "all" else {}
-    settings |= {"precision": "fp32"} if engine.dtype == torch.float32 else {}
-    settings |= {"smoke": True} if args.smoke else {}
-    facts = {
-        "engine": engine_name,
-        "threads": args.threads,
-        "recipe": recipe._asdict(),
-        "data_sha256": sha256,
-    }
-    described = utils.describe_run("forward_forward", settings, args, **facts)
-    name = f"{args.data}, {recipe.layers}x{recipe.width}, jitter {recipe.jitter}"
-    total = args.seeds * recipe.epochs * len(splits["train"][1])
-    with utils.run_folder(args.out, described) as folder, torch.inference_mode():
-        with tqdm(total=total, unit="digit", unit_scale=True, disable=args.quiet or None) as progress:
-            runs = [
-                train(seed, name, recipe, splits, shape, engine, args, folder, progress)
-                for seed in described["seeds"]
-            ]
-        if args.figures:
-            draw(*runs[0], splits, shape, name, folder)
-    split = list(splits)[-1]
-    last = [[entry for entry in log if entry["split"] == split][-1] for _, log in runs]
-    errors = [entry["error"] for entry in last]
-    spread = f" ± {np.std(errors, ddof=1):.2f}" if len(errors) > 1 else ""
-    seconds = np.median([entry["train_seconds"] for entry in last])
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, elsewhere kilobytes
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    print(
-        f"{name}: {split} error {np.mean(errors):.2f}%{spread}, {len(errors)} seed{'s' * (len(errors) > 1)}, "
-        f"{seconds:.1f} s of training, {memory:.1f} GB of memory at most"
-    )
-    print(f"log and figures: {utils.run_path(args.out, described)}")
+        def train_and_save(seed, progress):
+            records, network = train(config, seed, splits, shape, engine, helpers, args.device, progress)
+            arrays = {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}
+            save_weights(weights_path(path, seed), "forward_forward", run.config, sha256, arrays)
+            return records, network if seed == args.seed else None
+
+        total = args.seeds * config.passes * len(splits["train"][1])
+        trained = runs.train_seeds(run, seeds, train_and_save, at_once, total, args.quiet)
+    if args.figures:
+        with torch.inference_mode():
+            plot(trained[0][1], run, args.seed, splits, shape, f"{path.stem}, seed {args.seed}")
+    runs.report(run, seeds, args.quiet)
 
 
 if __name__ == "__main__":

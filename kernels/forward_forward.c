@@ -1,8 +1,9 @@
 // What Forward-Forward does between its matrix products, each in one pass over memory.
 //
-// forward_forward.py says what is right, in PyTorch, which also computes the products, of which a layer's
-// gradient is one. Here is the rest: bias, label, ReLU, goodness and normalisation; the step; and jitter. -DBF16=1: activities, derivatives and the weights to multiply by are bfloat16, of
-// which a processor multiplies twice as many; sums, and the weights that learn, are float32 all the same.
+// forward_forward.py defines what is right, in PyTorch (TorchOps), which also computes the products. Here is
+// the rest: bias, label, ReLU, goodness and normalisation; the step; and the jitter of images. With -DBF16=1,
+// activities, gradients and the weights to multiply by are bfloat16, of which a processor multiplies twice as
+// many. Sums, and the weights that learn, are float32 all the same.
 //
 // No function keeps anything from call to call, so that threads may call at once.
 
@@ -27,7 +28,7 @@ INLINE vec widen(const number *p) {
     return (vec)(__builtin_convertvector(upper, uvec) << 16);
 }
 
-// To the nearest, ties to even, as PyTorch rounds; what is no number stays none.
+// To the nearest, ties to even, as PyTorch rounds. NaN stays NaN.
 INLINE void narrow(number *p, vec x) {
     uvec bits = (uvec)x;
     uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -47,7 +48,7 @@ INLINE vec widen(const number *p) {
 INLINE void narrow(number *p, vec x) { memcpy(p, &x, sizeof x); }
 #endif
 
-// The same for the last vector of a row, of which only so many lanes are there; the others read 0.
+// The same for the last vector of a row, which has only so many lanes; the others read 0.
 
 INLINE vec load(const number *p, int64_t lanes) {
     if (lanes >= LANES) return widen(p);
@@ -82,7 +83,7 @@ INLINE float sum(vec x) {
     return total;
 }
 
-// x where it is positive, else 0; what is no number stays none.
+// x where it is positive, else 0. NaN stays NaN.
 INLINE vec relu(vec x) { return (vec)((ivec)x & ~(x < 0)); }
 
 // h[r] = relu(products[r mod m] + added[labels[r]]), r < n; goodness[r] is the sum of its squares, or, where
@@ -110,24 +111,25 @@ void activate(const number *restrict products, int64_t m, const float *restrict 
     }
 }
 
-// One step up the gradient, which comes as so many parts: v smooths scale * their sum, and w follows v and
-// decays; `rounded` is w to multiply by.
-void update(float *restrict w, float *restrict v, number *restrict rounded, const number *const *parts,
-            int64_t count, int64_t n, float scale, float smoothing, float lr, float weight_decay) {
-    float kept = 1 - lr * weight_decay, fresh = (1 - smoothing) * scale;
+// One step up the gradient, which comes as so many parts: `velocity` smooths scale * their sum; the weights
+// decay and follow it; weights_lowp are the weights to multiply by.
+void update(float *restrict weights, float *restrict velocity, number *restrict weights_lowp,
+            const number *const *gradients, int64_t count, int64_t n, float scale, float momentum, float lr,
+            float weight_decay) {
+    float kept = 1 - lr * weight_decay, fresh = (1 - momentum) * scale;
     for (int64_t i = 0; i < n; i += LANES) {
-        vec gradient = load(parts[0] + i, n - i);
-        for (int64_t part = 1; part < count; part++) gradient += load(parts[part] + i, n - i);
-        vec smooth = smoothing * load_float(v + i, n - i) + fresh * gradient;
-        vec weights = kept * load_float(w + i, n - i) + lr * smooth;
-        store_float(v + i, smooth, n - i);
-        store_float(w + i, weights, n - i);
-        store(rounded + i, weights, n - i);
+        vec gradient = load(gradients[0] + i, n - i);
+        for (int64_t part = 1; part < count; part++) gradient += load(gradients[part] + i, n - i);
+        vec v = momentum * load_float(velocity + i, n - i) + fresh * gradient;
+        vec w = kept * load_float(weights + i, n - i) + lr * v;
+        store_float(velocity + i, v, n - i);
+        store_float(weights + i, w, n - i);
+        store(weights_lowp + i, w, n - i);
     }
 }
 
 // shifted[r] is image chosen[r] moved down by shifts[r][0] rows and right by shifts[r][1] columns; 0 comes in,
-// and the first ten inputs are left to the label.
+// and the first ten inputs, where the label goes, are 0.
 void shift(const number *restrict images, int64_t height, int64_t width, const int64_t *restrict chosen,
            const int64_t *restrict shifts, int64_t n, number *restrict shifted) {
     memset(shifted, 0, n * height * width * sizeof *shifted);

@@ -12,11 +12,11 @@ LABELS = 10
 
 
 class Kernels:
-    """What Forward-Forward does between its products, compiled: build.Unavailable where that cannot be done.
+    """What Forward-Forward does between its matrix products, compiled. Without a compiler: build.Unavailable.
 
-    `dtype`, float32 or bfloat16, is that of products, activities, derivatives and rounded weights; all else
-    is float32, labels int64. Tensors are on the CPU and contiguous, or a ValueError says which is not.
-    forward_forward.Reference has the same methods, and says what they compute.
+    `dtype`, float32 or bfloat16, is that of products, activities, gradients and weights_lowp. All else is
+    float32, and labels are int64. Tensors are on the CPU and contiguous, or a ValueError says which is not.
+    forward_forward.TorchOps has the same methods, and says what they compute.
     """
 
     def __init__(self, dtype, target=None):
@@ -50,19 +50,19 @@ class Kernels:
         )  # fmt: skip
         return h, passed_on, goodness
 
-    def update(self, weights, smooth, rounded, parts, scale, smoothing, lr, weight_decay):
+    def update(self, weights, velocity, weights_lowp, gradients, scale, momentum, lr, weight_decay):
         (n,), single = _shape("weights", weights, 1), torch.float32
         _check("weights", weights, single, (n,))
-        _check("smooth", smooth, single, (n,))
-        _check("rounded", rounded, self.dtype, (n,))
-        for part in parts:
-            _check("gradient", part, self.dtype, (n,))
-        if not parts:
-            raise ValueError("gradient: it has no parts")
-        addresses = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
+        _check("velocity", velocity, single, (n,))
+        _check("weights_lowp", weights_lowp, self.dtype, (n,))
+        for gradient in gradients:
+            _check("gradient", gradient, self.dtype, (n,))
+        if not gradients:
+            raise ValueError("gradients: there are none")
+        addresses = (ctypes.c_void_p * len(gradients))(*(gradient.data_ptr() for gradient in gradients))
         self._update(
-            weights.data_ptr(), smooth.data_ptr(), rounded.data_ptr(), addresses, len(parts), n,
-            scale, smoothing, lr, weight_decay,
+            weights.data_ptr(), velocity.data_ptr(), weights_lowp.data_ptr(), addresses, len(gradients), n,
+            scale, momentum, lr, weight_decay,
         )  # fmt: skip
 
     def shift(self, images, chosen, shifts):

@@ -244,18 +244,26 @@ def accuracy_curves(panels, published):
     return figure
 
 
-def layers_learning(running, title):
-    """Forward-Forward's layers after each pass, as seen while learning: losses, and pairs misordered."""
+def layers_learning(running, title, evaluated=()):
+    """Forward-Forward's layers after each pass: their losses, the pairs that they misorder, and the error.
+
+    `running` holds the records of training, `evaluated` those of a split: its error is drawn as points.
+    """
     figure, axes = subplots(1, 2, figsize=(10, 3.6), sharex=True)
-    passes = [entry["pass"] for entry in running]
+    passes = [record["pass"] for record in running]
     for axis, quantity in zip(axes, ("layer_losses", "layer_errors")):
-        for number, values in enumerate(zip(*(entry[quantity] for entry in running))):
+        for number, values in enumerate(zip(*(record[quantity] for record in running))):
             axis.plot(passes, values, label=f"layer {number + 1}", color=f"C{number}")
         axis.set(xlabel="passes", yscale="log")
         axis.grid(True)
-    axes[1].plot(passes, [entry["softmax_error"] for entry in running], "--", color="0.4", label="softmax")
-    axes[0].set(ylabel="a layer's own loss, of a pair", title=f"{title}: each layer by itself")
-    axes[1].set(ylabel="wrong (%)", title="pairs that it misorders; digits that the softmax misses")
+    softmax = [record["softmax_error"] for record in running]
+    axes[1].plot(passes, softmax, "--", color="0.4", label="softmax, while training")
+    if evaluated:
+        last = evaluated[-1]
+        label = f"{last['split']} error: {last['error']:.2f}%"
+        axes[1].plot([e["pass"] for e in evaluated], [e["error"] for e in evaluated], "k.", label=label)
+    axes[0].set(ylabel="loss of a layer, for a pair", title=title)
+    axes[1].set(ylabel="wrong (%)", title="pairs misordered, digits missed")
     axes[1].legend(fontsize="small")
     return figure
 
@@ -292,26 +300,32 @@ def activities(layers, goodness, labels, title):
     return figure
 
 
+def labelled(images, labels, title):
+    """Forward-Forward's images (n, height, width): a row with the right labels, and one with wrong ones.
+
+    The label's ten inputs are drawn above each image, since they would hardly be seen in its first row.
+    """
+    n, height, width = images.shape
+    figure, axes = subplots(2, n, figsize=(10, 2.9), squeeze=False)
+    for row, own, what in zip(axes, labels, ("+", "\N{MINUS SIGN}")):
+        for axis, image, label in zip(row, images, own):
+            axis.imshow(image, vmin=0, vmax=np.quantile(images, 0.99), extent=(0, width, height, 0))
+            inputs = np.arange(10) == label
+            axis.imshow(inputs[None], vmin=0, vmax=1.3, extent=(0, width, -1, -1 - width / 10))
+            axis.set(title=f"{what} {label}", xlim=(0, width), ylim=(height, -1 - width / 10))
+            axis.axis("off")
+    figure.suptitle(
+        f"{title}: positives and negatives, each with its label's ten inputs above", fontsize="medium"
+    )
+    return figure
+
+
 def kernels(kernels, title):
     """The kernels (n, height, width) of a layer, on one scale of grey."""
     limit = np.abs(kernels).max()
     captions = [str(number + 1) for number in range(len(kernels))]
     title = f"{title},\nwhite {-limit:.2f} to black {limit:.2f}"
     return gallery(kernels, captions, title, columns=6, low=-limit, high=limit)
-
-
-def digit_gallery(images, labels, name, columns=20):
-    """The first digits of each class, a class a row."""
-    rows = [images[labels == digit][:columns] for digit in range(10)]
-    canvas = np.full((10, columns, *images.shape[1:]), -1, dtype=images.dtype)
-    for row, digits in zip(canvas, rows):
-        row[: len(digits)] = digits
-    height, width = images.shape[1:]
-    figure, axis = subplots(figsize=(columns * 0.4, 10 * 0.4 + 0.3))
-    axis.imshow(canvas.transpose(0, 2, 1, 3).reshape(10 * height, columns * width), vmin=-1, vmax=1)
-    axis.set(title=f"{name}: the first digits of each class to train on")
-    axis.axis("off")
-    return figure
 
 
 def rungs(values, published, label, title):
