@@ -3,7 +3,7 @@
     python prepro.py --data mnist                      # what Karpathy's published run was trained on
     python prepro.py --data mnist --draw train-first   # what half of its users got instead
     python prepro.py --data usps                       # the 1989 digits themselves, as far as anyone can tell
-    python prepro.py --data strokes                    # drawn here, no download
+    python prepro.py --data strokes                    # procedural digits, which need no download
 
 MNIST stands in for the 1989 digits in the well-known reproduction: shrunk to 16x16, and drawn at random
 without replacement. That reproduction draws its two splits from one generator in the order of a Python set
@@ -11,46 +11,32 @@ of strings, which changes from run to run, so its users got one of two data sets
 says which.
 
 Each file holds train_images and test_images (n, 16, 16), float32 in [-1, 1] with -1 for the background,
-train_labels and test_labels (n,), int64, and how they were made (`provenance`, JSON). This script also
-draws a gallery of it. What a genuine set looks like is in reference/datasets.toml.
+train_labels and test_labels (n,), int64, and how they were made (`provenance`, JSON). A picture of the set is
+written beside it. What a genuine set looks like is in reference/datasets.toml.
 """
 
-import contextlib
+import bz2
 import hashlib
 import json
-import os
+import re
 import sys
-import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 import utils
-from datasets import strokes
+from datasets import sources, strokes
+from datasets.sources import Unavailable, damaged, find_root, find_sources  # noqa: F401 (for the scripts)
 
 SIDE = 16
 TRAIN_SIZE, TEST_SIZE = 7291, 2007  # LeCun et al. 1989
 MNIST_SEED = 1337  # Karpathy's
 STROKES_SEED = 1989
-LARGEST = {
-    "mnist": 60_000,
-    "usps": TRAIN_SIZE,
-    "strokes": 10_000_000,
-}  # to train on; so many strokes are 10 GB
+LARGEST = {"mnist": 60_000, "usps": TRAIN_SIZE, "strokes": 10_000_000}  # to train on; 10 GB of strokes
 DRAWS = ("test-first", "train-first")
-DATA = (utils.ROOT / "data").resolve()
-SOURCES = {  # the files that torchvision reads, under the data root: those to train on, those to test on
-    "mnist": (
-        ("MNIST/raw/train-images-idx3-ubyte", "MNIST/raw/train-labels-idx1-ubyte"),
-        ("MNIST/raw/t10k-images-idx3-ubyte", "MNIST/raw/t10k-labels-idx1-ubyte"),
-    ),
-    "usps": (("USPS/usps.bz2",), ("USPS/usps.t.bz2",)),
-}
-AUTO_HELP = "which digits; auto: mnist where it can be had, else strokes"
+AUTO_HELP = "which digits; auto: mnist where it is on disk or can be downloaded, else strokes"
 DRAW_HELP = "which split of mnist is drawn first (default: test-first, as published)"
 DATA_ROOT_HELP = "where downloads are (default: $DROSOPHILA_DATA, else data/)"
-DOWNLOAD_ANEW = "delete it, and it is downloaded anew"
 BUILD_ANEW = "delete it, and it is built anew"
 
 
@@ -65,10 +51,88 @@ class Digits(NamedTuple):
 
     def sha256(self):
         """The checksum of images and labels, which says what a network was trained and tested on."""
-        digest = hashlib.sha256()
-        for array in self[:4]:
-            digest.update(array.tobytes())
-        return digest.hexdigest()
+        return hashlib.sha256(b"".join(array.tobytes() for array in self[:4])).hexdigest()
+
+
+# The digit sets
+
+
+def build_mnist(root, draw, train_size=TRAIN_SIZE):
+    """MNIST, bilinear to 16x16 without antialiasing, drawn as Karpathy's prepro.py draws it."""
+    import torch
+    import torch.nn.functional as F
+
+    generator = np.random.RandomState(MNIST_SEED)
+    splits, arrays = read_mnist(root), {}
+    for split in ("test", "train") if draw == "test-first" else ("train", "test"):
+        images, labels = splits[split]
+        chosen = generator.permutation(len(labels))[: train_size if split == "train" else TEST_SIZE]
+        images = images[chosen].float()[:, None] / 127.5 - 1
+        images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=False)
+        arrays[split] = images[:, 0].numpy(), labels[chosen].numpy()
+    how = {"data": "mnist", "draw": draw, "seed": MNIST_SEED, "resize": "bilinear, no antialiasing"}
+    how |= {"sources": find_sources("mnist", root), "torch": torch.__version__}
+    return Digits(*arrays["train"], *arrays["test"], how)
+
+
+def read_mnist(root):
+    """split -> images (n, 28, 28) uint8 and labels (n,) int64, of train and test, as tensors."""
+    import torch
+
+    contents = sources.obtain("mnist", root)
+    splits = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        # An idx file is a header of four bytes, four more for each dimension, then the values.
+        labels = np.frombuffer(contents[f"{prefix}-labels-idx1-ubyte"], np.uint8, offset=8)
+        images = np.frombuffer(contents[f"{prefix}-images-idx3-ubyte"], np.uint8, offset=16)
+        images = torch.from_numpy(images.reshape(-1, 28, 28).copy())
+        splits[split] = images, torch.from_numpy(labels.astype(np.int64))
+    return splits
+
+
+def load_whole_mnist(data_root=None):
+    """MNIST as it is, 60,000 and 10,000 digits of 28x28 (`read_mnist`), downloaded where it is absent."""
+    return read_mnist(find_root(data_root))
+
+
+def build_usps(root):
+    """The US Postal Service digits, in the order of their files and with torchvision's 256 grey levels."""
+    contents, arrays = sources.obtain("usps", root), []
+    genuine = utils.reference("datasets")["usps"]
+    for split, file in zip(("train", "test"), sources.FILES["usps"]):
+        content = contents[(root / file).name]
+        try:  # a line is the digit from 1 to 10, then 1:<pixel 1> 2:<pixel 2> ... of -1 to 1
+            text = re.sub(rb"\S+:", b"", bz2.decompress(content)).decode()
+            table = np.loadtxt(text.splitlines(), np.float32, ndmin=2)
+            with np.errstate(invalid="ignore"):  # NaN becomes some number, which the checksum finds
+                labels = table[:, 0].astype(np.int64) - 1
+                images = ((table[:, 1:].reshape(-1, SIDE, SIDE) + 1) / 2 * 255).astype(np.uint8)
+            images = images.astype(np.float32) / 127.5 - 1
+        except (OSError, EOFError, ValueError) as error:
+            raise damaged(root / file, error) from error
+        digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+        of_torchvision = hashlib.md5(content).hexdigest() == genuine[f"{split}_archive_md5"]
+        if digest != genuine[f"{split}_sha256"] and not of_torchvision:
+            raise damaged(root / file, "its digits are not the genuine ones")
+        arrays += [images, labels]
+    return Digits(*arrays, {"data": "usps", "sources": find_sources("usps", root)})
+
+
+def build_strokes(train_size=TRAIN_SIZE, test_size=TEST_SIZE):
+    """Procedural digits, as many as wanted; a larger set begins with the smaller one."""
+    train = strokes.draw_digits(train_size, (STROKES_SEED, 1))
+    test = strokes.draw_digits(test_size, (STROKES_SEED, 2))
+    return Digits(*train, *test, {"data": "strokes", "seed": STROKES_SEED, "sources": {}})
+
+
+def build(name, draw, root, train_size=TRAIN_SIZE):
+    """Build the set `name` from the files under `root`, which are downloaded where they are absent."""
+    if name == "strokes":
+        return build_strokes(train_size)
+    return build_mnist(root, draw, train_size) if name == "mnist" else build_usps(root)
+
+
+# What the scripts call
 
 
 def load(name, draw=None, data_root=None, train_size=TRAIN_SIZE):
@@ -78,8 +142,7 @@ def load(name, draw=None, data_root=None, train_size=TRAIN_SIZE):
     built before is taken only if it was built from what `data_root` holds now. Raises utils.BadRequest where
     the digits are damaged or too few, and Unavailable where they are neither on disk nor to be had.
     """
-    draw = _check_draw(name, draw)
-    _check_train_size(name, train_size)
+    draw = _check_request(name, draw, train_size)
     if name == "strokes":
         return build_strokes(train_size)
     size = TRAIN_SIZE if train_size <= TRAIN_SIZE else LARGEST[name]
@@ -111,201 +174,38 @@ def add_data_flags(parser):
     return group
 
 
-def _load_prepared(name, draw, root, train_size):
-    prepared = DATA / f"{file_name(name, draw, train_size)}.npz"
-    if prepared.exists():
-        digits = read(prepared)
-        if (digits.provenance["data"], digits.provenance.get("draw")) != (name, draw):
-            raise damaged(prepared, "it holds other digits than its name says", BUILD_ANEW)
-        sources = find_sources(name, root)
-        if sources == digits.provenance["sources"] or (not sources and root == DATA):
-            return digits
-    digits = build(name, draw, root, train_size)
-    try:
-        write(digits, prepared)
-    except (utils.RunFailed, OSError) as error:  # such as a checkout that is read-only
-        print(
-            f"prepro.py: the digits are built anew each time, since they cannot be kept ({error})",
-            file=sys.stderr,
+def _check_request(name, draw, train_size):
+    """The draw that is meant, or BadRequest."""
+    if name != "mnist" and draw:
+        raise utils.BadRequest(f"--draw is for --data mnist only: {name} comes already divided")
+    if not 1 <= train_size <= LARGEST[name]:
+        raise utils.BadRequest(
+            f"--train-size {train_size}: {name} has from 1 to {LARGEST[name]} digits to train on"
         )
-    return digits
-
-
-def build(name, draw, root, train_size=TRAIN_SIZE):
-    """Build the set `name` from the source files under `root`, downloading them where they are absent."""
-    if not find_sources(name, root):
-        download(name, root)
-    digits = build_mnist(root, draw, train_size) if name == "mnist" else build_usps(root)
-    train_files, test_files = SOURCES[name]
-    check(digits, root / train_files[-1], root / test_files[-1], DOWNLOAD_ANEW)
-    return digits
-
-
-def build_mnist(root, draw, train_size=TRAIN_SIZE):
-    """MNIST, bilinear to 16x16 without antialiasing, drawn as Karpathy's prepro.py draws it."""
-    import torch
-    import torch.nn.functional as F
-
-    generator = np.random.RandomState(MNIST_SEED)
-    chosen = {}
-    for split in ("test", "train") if draw == "test-first" else ("train", "test"):
-        population, size = (60000, train_size) if split == "train" else (10000, TEST_SIZE)
-        chosen[split] = generator.permutation(population)[:size]
-
-    arrays = []
-    for split, (images, labels) in read_mnist(root).items():
-        images = images[chosen[split]].float()[:, None] / 127.5 - 1
-        images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=False)
-        arrays += [images[:, 0].numpy(), labels[chosen[split]].numpy()]
-    how = {"data": "mnist", "draw": draw, "seed": MNIST_SEED, "resize": "bilinear, no antialiasing"}
-    return Digits(*arrays, {**how, "sources": find_sources("mnist", root), "torch": torch.__version__})
-
-
-def read_mnist(root):
-    """split -> images (n, 28, 28) uint8 and labels (n,) int64, of train and test, as tensors."""
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-
-    # The files that were checked, and no other: torchvision's MNIST prefers a processed/ folder of old.
-    files = dict(zip(("train", "test"), SOURCES["mnist"]))
-    return {
-        split: (read_image_file(str(root / images)), read_label_file(str(root / labels)))
-        for split, (images, labels) in files.items()
-    }
-
-
-def load_whole_mnist(data_root=None):
-    """MNIST as it is, 60,000 and 10,000 digits of 28x28 (`read_mnist`), downloaded where it is absent."""
-    root = find_root(data_root)
-    if not find_sources("mnist", root):
-        download("mnist", root)
-    return read_mnist(root)
-
-
-def build_usps(root):
-    """The US Postal Service digits, in the order of their files and torchvision's 256 grey levels."""
-    from torchvision.datasets import USPS
-
-    arrays = []
-    for train, (file,) in zip((True, False), SOURCES["usps"]):
-        try:
-            with np.errstate(invalid="raise"):  # torchvision makes a number even of nan
-                usps = USPS((root / file).parent, train=train)
-        except (OSError, EOFError, ValueError, IndexError, FloatingPointError) as error:
-            raise damaged(root / file, error, DOWNLOAD_ANEW) from error
-        arrays += [usps.data.astype(np.float32) / 127.5 - 1, np.array(usps.targets, dtype=np.int64)]
-    return Digits(*arrays, {"data": "usps", "sources": find_sources("usps", root)})
-
-
-def build_strokes(train_size=TRAIN_SIZE, test_size=TEST_SIZE):
-    """Procedural digits, as many as wanted; a larger set begins with the smaller one."""
-    train = strokes.draw_digits(train_size, (STROKES_SEED, 1))
-    test = strokes.draw_digits(test_size, (STROKES_SEED, 2))
-    return Digits(*train, *test, {"data": "strokes", "seed": STROKES_SEED, "sources": {}})
-
-
-# Where digits come from
-
-
-def find_root(data_root=None):
-    """The folder of the downloads: `data_root`, else $DROSOPHILA_DATA, else data/."""
-    return Path(data_root or os.environ.get("DROSOPHILA_DATA") or DATA).resolve()
-
-
-def find_sources(name, root):
-    """The SHA-256 of each source file of `name` under `root`, by file name; {} unless all are there.
-
-    Raises utils.BadRequest where an MNIST file has not the size and checksum of the genuine one.
-    """
-    paths = [root / file for files in SOURCES[name] for file in files]
-    if not all(path.is_file() for path in paths):
-        return {}
-    genuine = utils.reference("datasets")[name].get("files", {})
-    sources = {}
-    for path in paths:
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise damaged(path, error, "make it readable, or give another --data-root") from error
-        sources[path.name] = hashlib.sha256(content).hexdigest()
-        expected = genuine.get(path.name)
-        if expected and len(content) != expected["size_bytes"]:
-            raise damaged(path, f"{len(content):,} bytes, not {expected['size_bytes']:,}", DOWNLOAD_ANEW)
-        if expected and sources[path.name] != expected["sha256"]:
-            raise damaged(path, "its SHA-256 is not that of the genuine file", DOWNLOAD_ANEW)
-    return sources
-
-
-def download(name, root):
-    """Let torchvision download `name` to `root`: each file appears there whole, or not at all."""
-    import socket
-    from http.client import HTTPException
-
-    from torchvision.datasets import MNIST, USPS
-
-    elsewhere = "let --data-root (or DROSOPHILA_DATA) name a folder that holds it"
-    try:
-        new_folder = not root.exists()
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Unavailable(
-            f"{name} is not in {root}, nor can it be put there ({error.strerror}): {elsewhere}."
-        ) from error
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds without an answer; the default is to wait for ever
-    try:
-        with (
-            tempfile.TemporaryDirectory(dir=root, prefix=".download-") as beside,
-            contextlib.redirect_stdout(sys.stderr),
-        ):
-            for train, files in zip((True, False), SOURCES[name]):
-                if name == "mnist":
-                    MNIST(beside, train=train, download=True)
-                else:
-                    USPS(Path(beside) / "USPS", train=train, download=True)
-                for file in files:
-                    (root / file).parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(Path(beside) / file, root / file)
-    except (RuntimeError, HTTPException, OSError, EOFError, ValueError) as error:
-        if new_folder:
-            with contextlib.suppress(OSError):  # it is not empty: one of two files had come
-                root.rmdir()
-        raise Unavailable(
-            f"{name} is not, or not all, in {root} and could not be downloaded ({_reason(error)}): "
-            f"connect to the network and run again, or {elsewhere}."
-        ) from error
-    finally:
-        socket.setdefaulttimeout(patience)
-
-
-class Unavailable(utils.BadRequest):
-    """A data set is neither on disk nor to be downloaded."""
-
-
-def _reason(error):
-    """The last line that says something of an error of several lines, such as torchvision's."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip("<>") if lines else type(error).__name__
-
-
-def damaged(path, what, remedy):
-    """The error for a file that is not what it should be."""
-    return utils.BadRequest(f"{path} is damaged ({_reason(what)}): {remedy}.")
+    return draw or (DRAWS[0] if name == "mnist" else None)
 
 
 # Prepared files
 
 
-def _check_draw(name, draw):
-    if name != "mnist" and draw:
-        raise utils.BadRequest(f"--draw is for --data mnist only: {name} comes already divided.")
-    return draw or (DRAWS[0] if name == "mnist" else None)
-
-
-def _check_train_size(name, train_size):
-    if not 1 <= train_size <= LARGEST[name]:
-        raise utils.BadRequest(
-            f"--train-size {train_size}: {name} has from 1 to {LARGEST[name]} digits to train on."
-        )
+def _load_prepared(name, draw, root, train_size):
+    """The set from data/, or built and kept there."""
+    prepared = sources.DATA / f"{file_name(name, draw, train_size)}.npz"
+    if prepared.exists():
+        digits = read(prepared)
+        held = digits.provenance["data"], digits.provenance.get("draw"), len(digits.train_labels)
+        if held != (name, draw, train_size):
+            raise damaged(prepared, "it holds other digits than its name says", BUILD_ANEW)
+        found = find_sources(name, root)
+        if found == digits.provenance["sources"] or (not found and root == sources.DATA):
+            return digits
+    digits = build(name, draw, root, train_size)
+    try:
+        write(digits, prepared)
+    except (utils.RunFailed, OSError) as error:  # such as a checkout that is read-only
+        notice = f"the digits are built anew each time, since they cannot be kept ({error})"
+        print(f"prepro.py: {notice}", file=sys.stderr)
+    return digits
 
 
 def file_name(name, draw=None, train_size=TRAIN_SIZE, test_size=TEST_SIZE):
@@ -316,7 +216,7 @@ def file_name(name, draw=None, train_size=TRAIN_SIZE, test_size=TEST_SIZE):
 
 def write(digits, path):
     """Write a prepared set as .npz, whole or not at all."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = dict(zip(Digits._fields[:4], digits[:4]))
     provenance = json.dumps({**digits.provenance, "sha256": digits.sha256()})
     utils.write_file(path, utils.npz_bytes(**arrays, provenance=np.array(provenance)))
@@ -328,88 +228,98 @@ def read(path):
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[field] for field in Digits._fields[:4]]
             provenance = json.loads(str(file["provenance"]))
-            digits = Digits(*arrays, provenance)
-            if digits.sha256() != provenance.pop("sha256") or not {"data", "sources"} <= set(provenance):
-                raise ValueError("it does not hold what was written")
+        digits = Digits(*arrays, provenance)
+        intact = digits.sha256() == provenance.pop("sha256") and {"data", "sources"} <= set(provenance)
     except Exception as error:  # zipfile, zlib, numpy and json each have their own way to say so
-        raise damaged(path, error, BUILD_ANEW) from error
-    check(digits, path, path, BUILD_ANEW)
+        raise damaged(path, "it is not a set that prepro.py wrote", BUILD_ANEW) from error
+    if not intact:
+        raise damaged(path, "it does not hold what was written", BUILD_ANEW)
+    check(digits, path)
     return digits
 
 
-def check(digits, train_file, test_file, remedy):
+def check(digits, path):
     """Raise utils.BadRequest unless shapes, types, ranges and the published class counts are right."""
-    name, draw = digits.provenance.get("data"), digits.provenance.get("draw")
+    name, draw = digits.provenance["data"], digits.provenance.get("draw")
     published = utils.reference("datasets")
     counts = published["draws"].get(draw, {}) if name == "mnist" else published.get(name, {})
-    for split, where in (("train", train_file), ("test", test_file)):
+    for split in ("train", "test"):
         images, labels = getattr(digits, f"{split}_images"), getattr(digits, f"{split}_labels")
-        if (
-            images.dtype != np.float32
-            or images.shape != (labels.size, SIDE, SIDE)
-            or labels.shape != (len(images),)
-            or not labels.size
-        ):
-            raise damaged(where, f"{split} images are {images.dtype} {images.shape}", remedy)
-        if not (np.abs(images) <= 1).all():  # not a number is not in range either
-            raise damaged(where, f"a {split} pixel is outside [-1, 1]", remedy)
-        if labels.dtype != np.int64 or labels.min() < 0 or labels.max() > 9:
-            raise damaged(where, f"a {split} label is not a digit from 0 to 9", remedy)
+        n, first = labels.size, counts.get(f"first_{split}_labels", [])
         expected = counts.get(f"{split}_counts")
-        if name == "mnist" and split == "train" and len(labels) != TRAIN_SIZE:
-            expected = published[name]["train_counts"] if len(labels) == LARGEST[name] else None
-        if expected and np.bincount(labels, minlength=10).tolist() != expected:
-            raise damaged(where, f"the {split} digits are not the published number of each class", remedy)
-        first = counts.get(f"first_{split}_labels", [])
-        if labels[: len(first)].tolist() != first:
-            raise damaged(where, f"the first {split} labels are not the published ones", remedy)
+        if name == "mnist" and split == "train" and n != TRAIN_SIZE:
+            expected = published["mnist"]["train_counts"] if n == LARGEST["mnist"] else None
+        if images.dtype != np.float32 or images.shape != (n, SIDE, SIDE) or labels.shape != (n,) or not n:
+            wrong = f"{split} images are {images.dtype} {images.shape}"
+        elif not (np.abs(images) <= 1).all():  # NaN is not in range either
+            wrong = f"a {split} pixel is outside [-1, 1]"
+        elif labels.dtype != np.int64 or labels.min() < 0 or labels.max() > 9:
+            wrong = f"a {split} label is not a digit from 0 to 9"
+        elif expected and np.bincount(labels, minlength=10).tolist() != expected:
+            wrong = f"the {split} digits are not the published number of each class"
+        elif labels[: len(first)].tolist() != first:
+            wrong = f"the first {split} labels are not the published ones"
+        else:
+            continue
+        raise damaged(path, wrong, BUILD_ANEW)
+
+
+def plot(images, labels, name, columns=20):
+    """The first digits of each class, a class a row."""
+    from records import figures
+
+    canvas = np.full((10, columns, SIDE, SIDE), -1, dtype=images.dtype)
+    for digit, row in enumerate(canvas):
+        own = images[labels == digit][:columns]
+        row[: len(own)] = own
+    figure, axis = figures.subplots(figsize=(columns * 0.4, 10 * 0.4 + 0.3))
+    axis.imshow(canvas.transpose(0, 2, 1, 3).reshape(10 * SIDE, columns * SIDE), vmin=-1, vmax=1)
+    axis.set(title=f"{name}: the first digits of each class to train on")
+    axis.axis("off")
+    return figure
 
 
 @utils.exit_status
 def main(argv=None):
     parser = utils.Parser("prepro", __doc__)
     size = utils.number(int, at_least=1, at_most=LARGEST["strokes"])
-    parser.add_argument("--data", default="mnist", choices=("mnist", "usps", "strokes"), help="which digits")
-    parser.add_argument("--draw", choices=DRAWS, help=DRAW_HELP)
-    parser.add_argument("--data-root", metavar="DIR", help=DATA_ROOT_HELP)
-    parser.add_argument("--train-size", default=TRAIN_SIZE, type=size, help="digits to train on")
-    parser.add_argument("--test-size", default=TEST_SIZE, type=size, help="strokes to test on")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=DATA, help="where the set is written")
-    parser.add_argument("--quiet", action="store_true", help="print only errors")
+    flag = parser.add_argument
+    flag("--data", default="mnist", choices=tuple(LARGEST), help="which digits (default: mnist)")
+    flag("--draw", choices=DRAWS, help=DRAW_HELP)
+    flag("--data-root", metavar="DIR", type=utils.folder, help=DATA_ROOT_HELP)
+    flag("--train-size", default=TRAIN_SIZE, type=size, help=f"digits to train on (default: {TRAIN_SIZE})")
+    flag("--test-size", default=TEST_SIZE, type=size, help=f"strokes to test on (default: {TEST_SIZE})")
+    flag(
+        "--out",
+        metavar="DIR",
+        type=utils.folder,
+        default=sources.DATA,
+        help="where the set goes (default: data)",
+    )
+    flag("--quiet", action="store_true", help="print only errors")
     args = parser.parse_args(argv)
 
-    draw = _check_draw(args.data, args.draw)
-    sizes = args.train_size, args.test_size
-    _check_train_size(args.data, args.train_size)
-    if args.data == "strokes":
-        digits = build_strokes(*sizes)
-    elif args.test_size != TEST_SIZE or (args.data == "usps" and args.train_size != TRAIN_SIZE):
+    draw = _check_request(args.data, args.draw, args.train_size)
+    usual = args.test_size == TEST_SIZE and (args.data == "mnist" or args.train_size == TRAIN_SIZE)
+    if args.data != "strokes" and not usual:
         raise utils.BadRequest(
-            f"{args.data} has its {TEST_SIZE} digits to test on, and usps its {TRAIN_SIZE} to train on: "
-            "leave out --test-size and --train-size."
+            f"{args.data} has {TEST_SIZE} digits to test on, and usps {TRAIN_SIZE} to train on: "
+            "leave out --test-size and --train-size"
         )
+    if args.data == "strokes":
+        digits = build_strokes(args.train_size, args.test_size)
     else:
         digits = build(args.data, draw, find_root(args.data_root), args.train_size)
-    name = file_name(args.data, draw, *sizes)
-
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise utils.BadRequest(
-            f"--out {args.out} cannot be a folder ({error.strerror}): name another."
-        ) from error
+    name = file_name(args.data, draw, args.train_size, args.test_size)
 
     from records import figures
 
     path = args.out / f"{name}.npz"
     write(digits, path)
-    figures.save(
-        figures.digit_gallery(digits.train_images, digits.train_labels, name), path.with_suffix(".png")
-    )
+    figures.save(plot(digits.train_images, digits.train_labels, name), path.with_suffix(".png"))
     if not args.quiet:
-        print(
-            f"{path}: {len(digits.train_labels):,} digits to train on, {len(digits.test_labels):,} to test on"
-        )
+        train, test = len(digits.train_labels), len(digits.test_labels)
+        print(f"{path}: {train:,} digits to train on, {test:,} to test on")
         print(f"{path.with_suffix('.png')}: what they look like")
 
 

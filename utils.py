@@ -130,7 +130,7 @@ def number(kind, at_least=-math.inf, at_most=math.inf, above=-math.inf, below=ma
 def folder(text):
     """An argparse type: the path of a folder that exists or can be made."""
     path = Path(text).expanduser().resolve()
-    if not text or (path.exists() and not path.is_dir()):
+    if not text or not next(each for each in (path, *path.parents) if each.exists()).is_dir():
         raise argparse.ArgumentTypeError(f"'{text}' is not a folder")
     return path
 

@@ -1,4 +1,4 @@
-"""What the tests share: the real data where they are on disk, and scripts run as a user runs them."""
+"""What the tests share: the real data where they are on disk, and scripts that run as a user runs them."""
 
 import os
 import subprocess
@@ -21,8 +21,8 @@ NO_NETWORK = {
 
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch):
-    """What a script may set for its whole process, and the next test is not to find: oneDNN switched off, and
-    the opener of URLs, which keeps the proxies of its first request."""
+    """Undo what a script may set for its whole process: oneDNN switched off, and the opener of URLs, which
+    keeps the proxies of its first request."""
     monkeypatch.setattr(urllib.request, "_opener", None)
     enabled = torch.backends.mkldnn.enabled
     yield
@@ -30,21 +30,29 @@ def as_it_was(monkeypatch):
 
 
 def run_script(name, *flags, limit=None, **environment):
-    """Run a script in a process of its own; `limit` runs in it first."""
-    command = [sys.executable, ROOT / name, *map(str, flags)]
-    environment = {**os.environ, **NO_NETWORK, **{key: str(value) for key, value in environment.items()}}
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment, preexec_fn=limit, timeout=300, cwd="/"
-    )
+    """Run `python <name>` in a process of its own, as a user does; `limit` is called in it first."""
+    process = start_script(name, *flags, limit=limit, **environment)
+    try:
+        output, error = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, error)
 
 
-def start_script(name, *flags, **environment):
-    """Start a script and go on."""
-    command = [sys.executable, ROOT / name, *map(str, flags)]
+def run_study(name, *flags, limit=None, **environment):
+    """Run `python -m studies.<name>` in a process of its own, as a user does."""
+    return run_script(f"studies/{name}.py", *flags, limit=limit, **environment)
+
+
+def start_script(name, *flags, limit=None, **environment):
+    """Start `python <name>`, or `python -m studies.<...>` for studies/<...>.py, and go on; no network."""
+    study = name.startswith("studies/")
+    command = ["-m", name.removesuffix(".py").replace("/", ".")] if study else [ROOT / name]
     environment = {**os.environ, **NO_NETWORK, **{key: str(value) for key, value in environment.items()}}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd="/"
-    )
+        [sys.executable, *command, *map(str, flags)], env=environment, preexec_fn=limit, text=True,
+        cwd=ROOT if study else "/", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
 
 
 def one_sentence(text, *parts):

@@ -3,7 +3,6 @@ import functools
 import gzip
 import hashlib
 import http.server
-import io
 import json
 import resource
 import shutil
@@ -15,6 +14,7 @@ from conftest import NO_NETWORK, one_sentence, run_script
 
 import prepro
 import utils
+from datasets import cifar10, sources
 
 COUNTS = utils.reference("datasets")
 
@@ -81,10 +81,7 @@ def test_usps_equals_an_independent_construction(usps_root):
 
 def test_the_hash_seed_changes_nothing(mnist_root, tmp_path):
     sums = set()
-    for seed in (
-        "0",
-        "3",
-    ):  # of which one drew test first and the other train first, in the well-known script
+    for seed in ("0", "3"):  # with one, the well-known script draws test first; with the other, train
         done = run_script(
             "prepro.py", "--out", tmp_path, DROSOPHILA_DATA=mnist_root, PYTHONHASHSEED=seed, LC_ALL="C"
         )
@@ -106,18 +103,8 @@ def test_a_prepared_file_holds_what_it_says(tmp_path):
 
 
 def test_any_number_of_strokes(tmp_path):
-    flags = [
-        "--data",
-        "strokes",
-        "--train-size",
-        "1500",
-        "--test-size",
-        "3",
-        "--out",
-        str(tmp_path),
-        "--quiet",
-    ]
-    assert prepro.main(flags) == 0
+    flags = "--data strokes --train-size 1500 --test-size 3 --quiet --out".split()
+    assert prepro.main([*flags, str(tmp_path)]) == 0
     digits = prepro.read(tmp_path / "strokes-1500-3.npz")
     assert len(digits.train_labels) == 1500 and len(digits.test_labels) == 3
 
@@ -133,6 +120,20 @@ def test_the_flag_goes_before_the_variable_and_that_before_data(monkeypatch, tmp
     assert prepro.find_root() == utils.ROOT / "data"
 
 
+@pytest.mark.quick
+def test_a_home_is_found_and_an_empty_name_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DROSOPHILA_DATA", "~/variable")
+    assert prepro.find_root("~/flag") == tmp_path / "flag" and prepro.find_root() == tmp_path / "variable"
+    assert prepro.main(["--data", "strokes", "--train-size", "20", "--out", "~/sets", "--quiet"]) == 0
+    assert (tmp_path / "sets" / "strokes-20-2007.npz").exists()
+    for flag in ("--data-root", "--out"):
+        with pytest.raises(SystemExit) as stop:
+            prepro.main([flag, ""])
+        assert stop.value.code == 2
+        one_sentence(capsys.readouterr().err, flag, "not a folder")
+
+
 @pytest.mark.parametrize("name", ["mnist", "usps"])
 def test_no_data_and_no_network(name, tmp_path):
     done = run_script(
@@ -145,7 +146,7 @@ def test_no_data_and_no_network(name, tmp_path):
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """A folder of downloads, served in the place of torchvision's."""
+    """A folder of downloads, served in the place of torchvision's and of CIFAR-10's."""
     from torchvision.datasets import MNIST
 
     folder = tmp_path / "mirror"
@@ -154,7 +155,9 @@ def mirror(tmp_path, monkeypatch):
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(MNIST, "mirrors", [f"{address}/"])
+        monkeypatch.setattr(sources, "CIFAR10_URL", f"{address}/cifar-10-binary.tar.gz")
         for name in NO_NETWORK:
             monkeypatch.delenv(name, raising=False)
         yield folder
@@ -170,25 +173,20 @@ def test_a_download_of_something_else_leaves_nothing(mirror, tmp_path, capsys):
 
 
 def test_a_whole_download_is_kept_and_a_torn_one_is_not(mirror, mnist_root, tmp_path):
-    files = [path for pair in prepro.SOURCES["mnist"] for path in pair]
-    for file in files:
-        content = (mnist_root / file).read_bytes()
-        name = file.split("/")[-1]
-        buffer = io.BytesIO()
-        with gzip.GzipFile(f"{name}", "wb", compresslevel=1, fileobj=buffer, mtime=0) as archive:
-            archive.write(content)
-        (mirror / f"{name}.gz").write_bytes(buffer.getvalue())
     from torchvision.datasets import MNIST
 
+    for file in sources.FILES["mnist"]:
+        content = gzip.compress((mnist_root / file).read_bytes(), compresslevel=1)
+        (mirror / f"{file.split('/')[-1]}.gz").write_bytes(content)
     sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in mirror.iterdir()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MNIST, "resources", [(name, sums[name]) for name, _ in MNIST.resources])
-        prepro.download("mnist", tmp_path / "root")
+        sources.download("mnist", tmp_path / "root")
         assert prepro.find_sources("mnist", tmp_path / "root") == prepro.find_sources("mnist", mnist_root)
         torn = mirror / "t10k-images-idx3-ubyte.gz"
         torn.write_bytes(torn.read_bytes()[:1000])
         with pytest.raises(prepro.Unavailable, match="could not be downloaded"):
-            prepro.download("mnist", tmp_path / "other")
+            sources.download("mnist", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
@@ -200,24 +198,53 @@ def mnist_copy(mnist_root, tmp_path):
     return tmp_path / "copy"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "altered", "html"])
+def test_mnist_that_is_still_compressed(mnist_copy, mnist_root, monkeypatch):
+    """All four files, or one of them."""
+    monkeypatch.setattr(sources, "download", lambda *_: pytest.fail("downloaded"))
+    genuine, digits = prepro.find_sources("mnist", mnist_root), prepro.read_mnist(mnist_root)
+    for path in sorted((mnist_copy / "MNIST" / "raw").glob("*-ubyte")):
+        compressed = path.with_name(f"{path.name}.gz")
+        compressed.write_bytes(gzip.compress(path.read_bytes(), compresslevel=1))
+        path.unlink()
+        assert prepro.find_sources("mnist", mnist_copy) == genuine
+    for split, arrays in prepro.read_mnist(mnist_copy).items():
+        assert all(ours.equal(theirs) for ours, theirs in zip(arrays, digits[split]))
+    compressed.write_bytes(compressed.read_bytes()[:-30])
+    with pytest.raises(utils.BadRequest) as error:
+        prepro.find_sources("mnist", mnist_copy)
+    one_sentence(str(error.value), compressed, "delete it")
+
+
+DAMAGES = {
+    "truncated": lambda content: content[:-1],
+    "altered": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "html": lambda content: b"<html>",
+}
+
+
 @pytest.mark.parametrize("file", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
-def test_damaged_mnist(mnist_copy, file, damage, tmp_path, capsys):
+def test_damaged_mnist(mnist_copy, file, tmp_path, capsys):
     path = mnist_copy / "MNIST" / "raw" / file
-    content = bytearray(path.read_bytes())
-    content[-1] ^= damage == "altered"
-    content = content[:-1] if damage == "truncated" else b"<html>" if damage == "html" else content
-    path.write_bytes(content)
-    assert prepro.main(["--data-root", str(mnist_copy), "--out", str(tmp_path / "out")]) == 2
-    one_sentence(capsys.readouterr().err, path, "delete it")
-    assert not (tmp_path / "out").exists()
-    for data in ("mnist", "auto"):  # nor does a run take what was built before, or strokes, in their place
-        done = run_script(
-            "repro.py", "--smoke", "--data", data, "--data-root", mnist_copy, "--out", tmp_path / "run"
-        )
-        assert done.returncode == 2
-        one_sentence(done.stderr, path)
-        assert not (tmp_path / "run").exists()
+    whole = path.read_bytes()
+    for damage in DAMAGES.values():
+        path.write_bytes(damage(whole))
+        assert prepro.main(["--data-root", str(mnist_copy), "--out", str(tmp_path / "out")]) == 2
+        one_sentence(capsys.readouterr().err, path, "delete it")
+        assert not (tmp_path / "out").exists()
+        for data in ("mnist", "auto"):  # nor is what was built before taken, or strokes, in their place
+            with pytest.raises(utils.BadRequest) as error:
+                prepro.load_digits(data, data_root=mnist_copy)
+            one_sentence(str(error.value), path)
+
+
+def test_auto_is_strokes_and_a_loud_notice_where_there_is_no_mnist(tmp_path, monkeypatch, capsys):
+    for name, address in NO_NETWORK.items():
+        monkeypatch.setenv(name, address)
+    assert prepro.load_digits("auto", data_root=tmp_path, train_size=50).provenance["data"] == "strokes"
+    notice = capsys.readouterr().err
+    assert "NOTICE" in notice and str(tmp_path) in notice and notice.count("*" * 100) == 2
+    with pytest.raises(prepro.Unavailable):
+        prepro.load_digits("mnist", data_root=tmp_path)
 
 
 def write_usps(root, train, test):
@@ -226,39 +253,116 @@ def write_usps(root, train, test):
     for name, labels in (("usps.bz2", train), ("usps.t.bz2", test)):
         pixels = " ".join(f"{i}:-1" for i in range(1, 257))
         text = "".join(f"{label + 1} {pixels}\n" for label in labels)
-        (root / "USPS" / name).write_bytes(bz2.compress(text.encode()))
+        (root / "USPS" / name).write_bytes(bz2.compress(text.encode(), 1))
 
 
 def usps_labels(split):
     return np.repeat(np.arange(10), COUNTS["usps"][f"{split}_counts"])
 
 
-def test_usps_of_the_published_counts_is_taken(tmp_path):
-    write_usps(tmp_path, usps_labels("train"), usps_labels("test"))
-    assert len(prepro.build("usps", None, tmp_path).train_labels) == 7291
+def test_usps_of_another_compression_is_taken_and_another_pixel_is_not(usps_root, tmp_path, capsys):
+    (tmp_path / "USPS").mkdir()
+    for file in ("usps.bz2", "usps.t.bz2"):
+        text = bz2.decompress((usps_root / "USPS" / file).read_bytes()).replace(b"\n", b" \n")
+        (tmp_path / "USPS" / file).write_bytes(bz2.compress(text, 1))
+    digits = prepro.build("usps", None, tmp_path)
+    assert digits.sha256() == prepro.build("usps", None, usps_root).sha256()
+    for number, (old, new) in enumerate(((b" 100:-1 ", b" 100:7.5 "), (b"\n7 ", b"\n8 "))):
+        altered = tmp_path / "USPS" / file
+        altered.write_bytes(bz2.compress(text.replace(old, new, 1), 1))
+        assert (
+            prepro.main(["--data", "usps", "--data-root", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+        )
+        one_sentence(capsys.readouterr().err, altered, "delete it"), number
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "html", "label", "negative label", "counts", "text", "nan"])
+@pytest.mark.parametrize("damage", ["truncated", "html", "label", "text", "nan", "short line", "binary"])
 def test_damaged_usps(damage, tmp_path, capsys):
-    train, test = usps_labels("train"), usps_labels("test")
-    if damage in ("label", "negative label"):
-        test[7] = 10 if damage == "label" else -1
-    if damage == "counts":
-        test[0] = 1
+    train, test = usps_labels("test"), usps_labels("test")
     write_usps(tmp_path, train, test)
-    path = tmp_path / "USPS" / "usps.t.bz2"
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-20])
-    if damage == "html":
-        path.write_bytes(b"<html>404</html>")
-    if damage == "text":
-        path.write_bytes(bz2.compress(b"3 1:x 2:y\n"))
-    if damage == "nan":
-        path.write_bytes(bz2.compress(bz2.decompress(path.read_bytes()).replace(b" 7:-1", b" 7:nan", 1)))
+    for path in (tmp_path / "USPS").iterdir():
+        text = bz2.decompress(path.read_bytes())
+        damages = {
+            "truncated": lambda path=path: path.read_bytes()[:-20],
+            "html": lambda: b"<html>404</html>",
+            "label": lambda text=text: bz2.compress(text.replace(b"10 1:", b"11 1:", 1)),
+            "text": lambda: bz2.compress(b"3 1:x 2:y\n"),
+            "nan": lambda text=text: bz2.compress(text.replace(b" 7:-1", b" 7:nan", 1)),
+            "short line": lambda text=text: bz2.compress(text.replace(b" 256:-1", b"", 1)),
+            "binary": lambda: bz2.compress(b"\xff\0\n"),
+        }
+        path.write_bytes(damages[damage]())
     flags = ["--data", "usps", "--data-root", str(tmp_path), "--out", str(tmp_path / "out")]
     assert prepro.main(flags) == 2
-    one_sentence(capsys.readouterr().err, path, "delete it")
+    one_sentence(capsys.readouterr().err, tmp_path / "USPS" / "usps.bz2", "delete it")
     assert not (tmp_path / "out").exists()
+
+
+# CIFAR-10
+
+
+def write_cifar(root, records=20):
+    """Files of few records: what was written, name -> images (n, 3, 32, 32) and labels (n,)."""
+    generator, written = np.random.default_rng(0), {}
+    for file in sources.FILES["cifar10"]:
+        labels = generator.integers(0, 10, records, dtype=np.uint8)
+        images = generator.integers(0, 256, (records, 3, 32, 32), dtype=np.uint8)
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(np.concatenate([labels[:, None], images.reshape(records, -1)], 1).tobytes())
+        written[file.split("/")[-1]] = images, labels
+    return written
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """The folder of generated files, which are the genuine ones now, and what is in them."""
+    written = write_cifar(tmp_path / "cifar")
+    genuine = {}
+    for file in sources.FILES["cifar10"]:
+        content = (tmp_path / "cifar" / file).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        genuine[file.split("/")[-1]] = {"size_bytes": len(content), "sha256": digest}
+    monkeypatch.setattr(utils, "reference", lambda name: {**COUNTS, "cifar10": {"files": genuine}})
+    return tmp_path / "cifar", written
+
+
+def test_cifar10_is_read_as_it_was_written(cifar):
+    root, written = cifar
+    splits = cifar10.load(root)
+    assert {split: images.shape for split, (images, _) in splits.items()} == {
+        "train": (100, 32, 32, 3),
+        "test": (20, 32, 32, 3),
+    }
+    images, labels = splits["train"]
+    for number in range(5):
+        planes, expected = written[f"data_batch_{number + 1}.bin"]
+        np.testing.assert_array_equal(labels[20 * number :][:20], expected)
+        for channel in range(3):
+            np.testing.assert_array_equal(images[20 * number :][:20, :, :, channel], planes[:, channel])
+    np.testing.assert_array_equal(splits["test"][0][7, :, :, 2], written["test_batch.bin"][0][7, 2])
+    assert labels.dtype == np.int64 and images.dtype == np.uint8
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_cifar10(cifar, damage):
+    path = cifar[0] / "cifar-10-batches-bin" / "data_batch_4.bin"
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    with pytest.raises(utils.BadRequest) as error:
+        cifar10.load(cifar[0])
+    one_sentence(str(error.value), path, "delete it")
+
+
+def test_cifar10_is_downloaded_whole_or_not_at_all(cifar, mirror, tmp_path, monkeypatch):
+    archive = shutil.make_archive(mirror / "cifar-10-binary", "gztar", cifar[0])
+    with pytest.raises(prepro.Unavailable, match="cifar10 is not.*--data-root"):  # not the genuine archive
+        cifar10.load(tmp_path / "root")
+    assert not (tmp_path / "root").exists()
+    with open(archive, "rb") as file:
+        monkeypatch.setattr(sources, "CIFAR10_MD5", hashlib.file_digest(file, "md5").hexdigest())
+    ours, theirs = cifar10.load(tmp_path / "root"), cifar10.load(cifar[0])
+    np.testing.assert_array_equal(ours["train"][0], theirs["train"][0])
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["cifar-10-batches-bin"]
 
 
 # Prepared files
@@ -295,6 +399,7 @@ def test_damaged_prepared_files(prepared):
         "label": lambda: rewrite(prepared, test_labels=np.full(100, 10)),
         "a pickle": lambda: rewrite(prepared, test_labels=np.array([{}] * 100, dtype=object)),
         "torn provenance": lambda: rewrite(prepared, provenance=np.array("{")),
+        "html": lambda: prepared.write_bytes(b"<html>404</html>"),
         "no provenance": lambda: rewrite(prepared, provenance=np.array("null")),
         "an empty provenance": lambda: rewrite(prepared, provenance=np.array("{}")),
         "one label": lambda: rewrite(prepared, test_labels=np.array(3)),
@@ -307,6 +412,7 @@ def test_damaged_prepared_files(prepared):
             prepro.read(prepared)
             pytest.fail(f"{what} was not noticed")
         one_sentence(str(error.value), prepared, "delete it")
+        assert "allow_pickle" not in str(error.value)  # NumPy advises to load what it cannot read "unsafely"
 
 
 def test_no_pickle_is_loaded(prepared, tmp_path):
@@ -322,53 +428,65 @@ def test_no_pickle_is_loaded(prepared, tmp_path):
     assert (tmp_path / "infected").exists()
 
 
-def test_a_prepared_set_is_used_only_for_the_sources_it_was_built_from(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepro, "DATA", tmp_path / "data")
-    write_usps(tmp_path / "a", usps_labels("train"), usps_labels("test"))
-    write_usps(tmp_path / "b", usps_labels("train")[::-1], usps_labels("test"))
-    a, b = prepro.load("usps", data_root=tmp_path / "a"), prepro.load("usps", data_root=tmp_path / "b")
-    assert (a.train_labels[0], b.train_labels[0]) == (0, 9)
-    monkeypatch.setattr(prepro, "build_usps", lambda root: pytest.fail("built again"))
-    assert prepro.load("usps", data_root=tmp_path / "b").train_labels[0] == 9
+@pytest.fixture
+def built(tmp_path, monkeypatch):
+    """The roots that USPS was built from, in place of which there are empty digits; data/ is elsewhere."""
+    roots = []
+
+    def build(root):
+        roots.append(root)
+        train, test = usps_labels("train"), usps_labels("test")
+        images = [np.zeros((len(labels), 16, 16), np.float32) for labels in (train, test)]
+        provenance = {"data": "usps", "sources": prepro.find_sources("usps", root)}
+        return prepro.Digits(images[0], train, images[1], test, provenance)
+
+    monkeypatch.setattr(prepro, "build_usps", build)
+    monkeypatch.setattr(sources, "DATA", tmp_path / "data")
     monkeypatch.delenv("DROSOPHILA_DATA", raising=False)
-    assert prepro.load("usps").train_labels[0] == 9  # data/ itself needs no sources beside what was built
+    return roots
 
 
-def test_a_prepared_set_has_to_be_what_its_name_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepro, "DATA", tmp_path)
-    monkeypatch.delenv("DROSOPHILA_DATA", raising=False)
-    digits = prepro.build_strokes(50, 50)
-    digits.provenance.update(data="mnist", draw="train-first")
+def test_a_prepared_set_is_used_only_for_the_sources_it_was_built_from(built, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for root in (a, b):
+        write_usps(root, [3, len(root.name)], [int(root == b)])
+    for root in (a, b, b):
+        assert len(prepro.load("usps", data_root=root).train_labels) == 7291
+    assert built == [a, b]
+    assert (
+        len(prepro.load("usps").train_labels) == 7291
+    )  # data/ itself needs no sources beside what was built
+    assert built == [a, b]
+
+
+@pytest.mark.parametrize("name", ["usps.npz", "mnist.npz", "mnist-60000-2007.npz"])
+def test_a_prepared_set_has_to_be_what_its_name_says(name, tmp_path, monkeypatch):
+    """Of another source, of the other draw, of fewer digits."""
+    monkeypatch.setattr(sources, "DATA", tmp_path)
     monkeypatch.setattr(prepro, "check", lambda *_: None)
-    prepro.write(digits, tmp_path / "mnist.npz")
+    monkeypatch.delenv("DROSOPHILA_DATA", raising=False)
+    digits = prepro.build_strokes()
+    digits.provenance.update(data="mnist", draw="train-first" if name == "mnist.npz" else "test-first")
+    prepro.write(digits, tmp_path / name)
     with pytest.raises(utils.BadRequest, match="other digits than its name says"):
-        prepro.load("mnist")
+        prepro.load(name[:5].strip(".n"), train_size=60000 if "60000" in name else 7291)
 
 
-def test_digits_that_cannot_be_kept_are_used_all_the_same(tmp_path, monkeypatch, capsys):
-    (tmp_path / "data").write_text("a file in the place of the folder")
-    monkeypatch.setattr(prepro, "DATA", tmp_path / "data" / "inside")
-    write_usps(tmp_path, usps_labels("train"), usps_labels("test"))
+def test_digits_that_cannot_be_kept_are_used_all_the_same(built, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("a file in the place of the folder")
+    monkeypatch.setattr(sources, "DATA", tmp_path / "file" / "inside")
+    write_usps(tmp_path, [0], [1])
     assert len(prepro.load("usps", data_root=tmp_path).train_labels) == 7291
     assert "built anew each time" in capsys.readouterr().err
-
-
-def test_files_that_torchvision_left_long_ago_are_not_read(mnist_copy):
-    """torchvision's MNIST prefers them to the files whose checksum we know."""
-    torch = pytest.importorskip("torch")
-    (mnist_copy / "MNIST" / "processed").mkdir()
-    for name, n in (("training.pt", 60000), ("test.pt", 10000)):
-        sevens = torch.full((n, 28, 28), 7, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)
-        torch.save(sevens, mnist_copy / "MNIST" / "processed" / name)
-    digits = prepro.build("mnist", "test-first", mnist_copy)
-    assert digits.test_labels[:3].tolist() == [4, 8, 3] and digits.test_images.max() == 1
 
 
 @pytest.mark.parametrize("inside", ["", "sub"])
 def test_an_out_that_cannot_be_a_folder(inside, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / inside
-    assert prepro.main(["--data", "strokes", "--train-size", "10", "--out", str(out)]) == 2
+    with pytest.raises(SystemExit) as stop:
+        prepro.main(["--data", "strokes", "--train-size", "10", "--out", str(out)])
+    assert stop.value.code == 2
     one_sentence(capsys.readouterr().err, "--out", out)
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import prepro
-import strokes
+from datasets import strokes
 
 
 def test_shapes_range_and_classes():
