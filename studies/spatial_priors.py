@@ -1,435 +1,355 @@
-"""What models know of space: the comparison that MNIST-1D was made for (Greydanus 2020).
+"""Which models know that neighbouring points belong together? The comparison that MNIST-1D was made for.
 
-    python studies/spatial_priors.py              # 400 networks: four minutes on two cores
-    python studies/spatial_priors.py --markdown   # puts its tables into the README
+    python -m studies.spatial_priors    # trains what is missing, writes figures and tables
 
-A convolutional and a recurrent network know that some points of a signal are neighbours; logistic regression
-and an MLP do not. So if all signals are shuffled in one random order, only the first two should suffer. The
-published accuracies are in reference/mnist1d.toml.
+The question. A convolutional and a recurrent network are told which points of a signal are neighbours;
+logistic regression and an MLP are not. If the points of all signals are shuffled in one fixed order, only the
+first two should lose accuracy.
+Published: test accuracies of four models on both orders (Greydanus 2020, table 1; reference/mnist1d.toml).
+What would refute it: a CNN or GRU that does as well on shuffled signals, or an MLP that does worse.
 
-As published: Adam at 1e-2, batches of 100 in a fixed order, evaluated after step 0, 250, ... 6000. The table
-of the paper speaks of early stopping, of which no code exists and for which there is no validation split; so
-each model is trained twice, and each is reported:
-- on all 4,000 examples, to the last step;
-- on the first 3,500, with the other 500 to choose the step by: the first after which most of them are right.
-  A replica stops when a thousand steps have brought nothing better.
-
-The replicas of a model are one computation: a tensor's first dimension is the replica, its last the example.
-Nothing was tuned. Runs that have finished are not run again, and those of the repository have: with
-`--out DIR`, all are.
+Greydanus trains with Adam at 1e-2 for 6,001 updates, on batches of 100 in a fixed order. His table speaks of
+early stopping, but his code has none, and no validation split either. So every model is trained twice: on
+all 4,000 examples to the last step, and on the first 3,500, while the other 500 choose the step that is
+reported. Nothing was tuned. To train all 20 configs on ten seeds takes about TIME on two cores.
 """
 
-import contextlib
-import functools
+import itertools
+import math
 import statistics
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import compare
 import mnist1d_gen
 import utils
-from kernels import build
-from kernels.gru import Gru
+from records import figures, tables
+from records import run as runs
+from studies import common
 
-FOLDER = utils.ROOT / "results" / "spatial_priors"
-PUBLISHED = utils.reference("mnist1d")
-SIZES = PUBLISHED["sizes"]
-BATCH, STEPS, EVALUATE_EVERY = SIZES["batch_size"], SIZES["steps"], SIZES["evaluate_every"]
-VALIDATION = 500  # examples, an eighth
-SMOKE_STEPS = 20
-PATIENCE = 1000  # steps; as many as from one checkpoint of the original to the next
 ORDERS = "ordered", "shuffled"
-ORDER_SEED = 42  # of the shuffled order; that of the repository's classification notebook
-CHANNELS, HIDDEN = 25, 6  # of the CNN and the GRU
+SMOKE = {"steps": 4, "evaluate_every": 2}
+PAGE = utils.ROOT / "results" / "spatial_priors" / "README.md"
 
 
-# The models. Of each: the shapes of its parameters with the fan-in that decides their initial range, and from
-# parameters (replicas, ...) and signals (replicas, 40, n) the logits (replicas, 10, n).
+def make_config(model, order, validation):
+    """Every number that decides the result of one model on one order, with or without early stopping."""
+    return {
+        "data": "mnist1d",
+        "model": model,
+        "order": order,
+        "order_seed": 42 if order == "shuffled" else None,  # as in the classification notebook
+        "validation": validation,
+        "batch_size": 100,
+        "lr": 1e-2,
+        "steps": 6000,  # as published, that is one update more: steps 0 to 6,000
+        "evaluate_every": 250,
+        "patience": 1000 if validation else None,  # steps without fewer validation misses
+        "reported": "first step with fewest validation misses" if validation else "last step",
+    }
 
 
-def linear(name, inputs, outputs):
-    """The shapes of a linear layer, or of a convolution, of so many inputs to a unit."""
-    return {f"{name}_weights": ((outputs, inputs), inputs), f"{name}_biases": ((outputs, 1), inputs)}
+SLOWEST_FIRST = "mlp-256", "cnn", "gru", "mlp-100", "logistic"  # so that no core is idle at the end
+CONFIGS = {
+    f"{model}-{order}{'-validation' * bool(validation)}": make_config(model, order, validation)
+    for model in SLOWEST_FIRST
+    for order in ORDERS
+    for validation in (0, 500)
+}
 
 
-def apply(p, name, x):
+# The models. All replicas of a model are computed at once, as batched matrix products: the first dimension of
+# every tensor is the replica and the last is the example. Each function takes parameters (replicas, ...) by
+# name and signals (replicas, 40, n), and returns logits (replicas, 10, n).
+
+
+def linear(p, name, x):
     """A linear layer of x (replicas, inputs, n)."""
-    return torch.baddbmm(p[f"{name}_biases"], p[f"{name}_weights"], x)
+    return torch.baddbmm(p[f"{name}_bias"], p[f"{name}_weight"], x)
 
 
 def logistic(p, x):
-    return apply(p, "out", x)
+    return linear(p, "out", x)
 
 
 def mlp(p, x):
-    h = apply(p, "hidden1", x).relu()
-    h = h + apply(p, "hidden2", h).relu()
-    return apply(p, "out", h)
+    h = linear(p, "hidden1", x).relu()
+    h = h + linear(p, "hidden2", h).relu()
+    return linear(p, "out", h)
+
+
+def conv(p, name, width, h):
+    """F.conv1d with stride 2 and padding 1, then ReLU: (replicas, channels, positions, n) to about half the
+    positions. F.conv1d itself, with a group for each replica, takes twice as long on a CPU."""
+    windows = F.pad(h, (0, 0, 1, 1)).unfold(2, width, 2)  # (replicas, channels, positions, n, width)
+    columns = windows.movedim(4, 2).flatten(3).flatten(1, 2)  # (replicas, channels * width, positions * n)
+    return linear(p, name, columns).relu().unflatten(2, windows.shape[2:4])
 
 
 def cnn(p, x):
-    h = x[:, None]  # (replicas, channels, positions, n)
+    h = x[:, None]  # (replicas, 1 channel, 40 positions, n)
     for name, width in (("conv1", 5), ("conv2", 3), ("conv3", 3)):
-        patches = Patches.apply(h, width)
-        h = apply(p, name, patches.flatten(3).flatten(1, 2)).relu().unflatten(2, patches.shape[3:])
-    return apply(p, "out", h.flatten(1, 2))  # 40 positions have become 19, 10 and 5
+        h = conv(p, name, width, h)
+    return linear(p, "out", h.flatten(1, 2))  # 40 positions have become 19, 10 and 5
 
 
-class Patches(torch.autograd.Function):
-    """What a convolution, stride 2 and padding 1, reads: (replicas, channels, width, positions, n).
-
-    F.unfold does the same, and takes more time for it than all the products.
-    """
-
-    @staticmethod
-    def forward(ctx, h, width):
-        padded = F.pad(h, (0, 0, 1, 1))
-        positions = (padded.shape[2] - width) // 2 + 1
-        ctx.shape, ctx.taps = padded.shape, [slice(tap, tap + 2 * positions - 1, 2) for tap in range(width)]
-        return torch.stack([padded[:, :, tap] for tap in ctx.taps], dim=2)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        padded = gradient.new_zeros(ctx.shape)
-        for tap, own in zip(ctx.taps, gradient.unbind(2)):
-            padded[:, :, tap] += own
-        return padded[:, :, 1:-1], None
-
-
-def gru(p, x, states_of):
-    forth_and_back = torch.stack([x, x.flip(1)], dim=1).flatten(0, 1)
-    parameters = (p[f"gru_{name}"].flatten(0, 1) for name in ("wi", "wh", "bi", "bh"))
-    states = states_of(forth_and_back, *parameters)  # of either direction, at every position
-    return apply(p, "out", states.reshape(len(x), -1, x.shape[2]))
-
-
-def gru_states(x, wi, wh, bi, bh):
-    """The states (groups, steps, 6, n) of GRUs, from x (groups, steps, n) of one number a step.
-
-    Gates in PyTorch's order: reset, update, new. Of this, kernels/gru.c is the fast version.
-    """
-    h, states = x.new_zeros(len(x), HIDDEN, x.shape[2]), []
-    for at in x.unbind(1):
-        from_input = torch.baddbmm(bi[:, :, None], wi[:, :, None], at[:, None])
-        from_state = torch.baddbmm(bh[:, :, None], wh, h)
-        gates = (from_input + from_state)[:, : 2 * HIDDEN].sigmoid()
-        reset, update = gates.split(HIDDEN, dim=1)
-        new = (from_input[:, 2 * HIDDEN :] + reset * from_state[:, 2 * HIDDEN :]).tanh()
+def gru(p, x):
+    """torch.nn.GRU(1, 6, bidirectional=True), and a linear layer that reads the states at all 40 points."""
+    both = torch.stack([x, x.flip(1)], dim=1).flatten(0, 1)  # (replicas * 2 directions, 40, n)
+    wi, wh, bi, bh = (p[f"gru_{name}"].flatten(0, 1) for name in ("wi", "wh", "bi", "bh"))
+    h, states = x.new_zeros(len(both), 6, x.shape[2]), []
+    for point in both.split(1, dim=1):
+        inputs, state = torch.baddbmm(bi, wi, point), torch.baddbmm(bh, wh, h)
+        reset, update = (inputs + state)[:, :12].sigmoid().split(6, dim=1)
+        new = (inputs[:, 12:] + reset * state[:, 12:]).tanh()
         h = torch.lerp(new, h, update)
         states.append(h)
-    return torch.stack(states, dim=1)
+    states = torch.stack(states, dim=1)  # in the order in which each direction computed them
+    return linear(p, "out", states.reshape(len(x), -1, x.shape[2]))
 
 
-def shapes_of_mlp(hidden):
-    return linear("hidden1", 40, hidden) | linear("hidden2", hidden, hidden) | linear("out", hidden, 10)
+def layer(name, inputs, outputs):
+    """name -> shape and fan-in of the parameters of a linear layer or a convolution."""
+    return {f"{name}_weight": ((outputs, inputs), inputs), f"{name}_bias": ((outputs, 1), inputs)}
 
 
-SHAPES = {
-    "logistic": linear("out", 40, 10),
-    "mlp-100": shapes_of_mlp(100),
-    "mlp-256": shapes_of_mlp(256),
-    "cnn": linear("conv1", 5, CHANNELS)
-    | linear("conv2", 3 * CHANNELS, CHANNELS)
-    | linear("conv3", 3 * CHANNELS, CHANNELS)
-    | linear("out", 5 * CHANNELS, 10),
-    "gru": {f"gru_{name}": ((2, 3 * HIDDEN), HIDDEN) for name in ("wi", "bi", "bh")}
-    | {"gru_wh": ((2, 3 * HIDDEN, HIDDEN), HIDDEN)}
-    | linear("out", 40 * 2 * HIDDEN, 10),
+# model -> its forward pass and its parameters, which are drawn in this order
+MODELS = {
+    "logistic": (logistic, layer("out", 40, 10)),
+    "mlp-100": (mlp, layer("hidden1", 40, 100) | layer("hidden2", 100, 100) | layer("out", 100, 10)),
+    "mlp-256": (mlp, layer("hidden1", 40, 256) | layer("hidden2", 256, 256) | layer("out", 256, 10)),
+    "cnn": (
+        cnn,
+        layer("conv1", 5, 25) | layer("conv2", 75, 25) | layer("conv3", 75, 25) | layer("out", 125, 10),
+    ),
+    "gru": (
+        gru,
+        {f"gru_{name}": ((2, 18, 1), 6) for name in ("wi", "bi", "bh")}  # 2 directions, 3 gates of 6 units
+        | {"gru_wh": ((2, 18, 6), 6)}
+        | layer("out", 480, 10),
+    ),
 }
-COUNTS = {model: sum(np.prod(shape) for shape, _ in shapes.values()) for model, shapes in SHAPES.items()}
-assert PUBLISHED["sizes"]["parameters"].items() <= COUNTS.items()
-FORWARD = {"logistic": logistic, "mlp-100": mlp, "mlp-256": mlp, "cnn": cnn, "gru": gru}
+COUNTS = {model: sum(int(np.prod(shape)) for shape, _ in own.values()) for model, (_, own) in MODELS.items()}
+assert COUNTS == {"logistic": 410, "mlp-100": 15_210, "mlp-256": 78_858, "cnn": 5_210, "gru": 5_134}
 
 
 def init_parameters(model, seeds, device="cpu"):
     """Parameters (replicas, ...) by name, uniform within ±1/sqrt(fan-in), as PyTorch's layers begin."""
-    replicas = []
+    stacks = {name: [] for name in MODELS[model][1]}
     for seed in seeds:
         generator = np.random.default_rng(seed)
-        replicas.append(
-            [
-                generator.uniform(-(fan_in**-0.5), fan_in**-0.5, shape).astype(np.float32)
-                for shape, fan_in in SHAPES[model].values()
-            ]
-        )
-    stacked = (torch.from_numpy(np.stack(arrays)).to(device) for arrays in zip(*replicas))
-    return {name: tensor.requires_grad_() for name, tensor in zip(SHAPES[model], stacked)}
+        for name, (shape, fan_in) in MODELS[model][1].items():
+            stacks[name].append(generator.uniform(-(fan_in**-0.5), fan_in**-0.5, shape))
+    return {
+        name: torch.tensor(np.stack(stack), dtype=torch.float32, device=device).requires_grad_()
+        for name, stack in stacks.items()
+    }
 
 
 # Training
 
 
-def load_splits(order, validation):
-    """split -> signals (40, n) and labels (n,): train and test, and the last of train to choose by."""
-    data = mnist1d_gen.make_dataset()
-    columns = np.arange(SIZES["points"])
-    if order == "shuffled":
-        columns = np.random.RandomState(ORDER_SEED).permutation(columns)  # noqa: NPY002  (the original's)
+def make_splits(config, data, device="cpu"):
+    """split -> signals (40, n) float32 and labels (n,): train, validation if there is one, and test."""
+    points = np.arange(data["x"].shape[1])
+    if config["order"] == "shuffled":
+        points = np.random.RandomState(config["order_seed"]).permutation(points)  # noqa: NPY002 (as published)
+    end = len(data["y"]) - config["validation"]
+    splits = {"train": (data["x"][:end], data["y"][:end])}
+    if config["validation"]:
+        splits["validation"] = data["x"][end:], data["y"][end:]
+    splits["test"] = data["x_test"], data["y_test"]
+    return {
+        split: (
+            torch.tensor(x[:, points].T, dtype=torch.float32, device=device),
+            torch.tensor(y, device=device),
+        )
+        for split, (x, y) in splits.items()
+    }
 
-    def tensors(x, y):
-        return torch.from_numpy(x[:, columns].T.astype(np.float32)), torch.from_numpy(y)
 
-    learnt = len(data["y"]) - validation
-    splits = {"train": tensors(data["x"][:learnt], data["y"][:learnt])}
-    splits |= {"validation": tensors(data["x"][learnt:], data["y"][learnt:])} if validation else {}
-    return splits | {"test": tensors(data["x_test"], data["y_test"])}
-
-
+@torch.no_grad()
 def evaluate(forward, parameters, signals, labels, at_a_time=500):
-    """The loss of each replica over a split, and a table of misses (replicas, class)."""
-    loss, misses = 0.0, 0
-    with torch.no_grad():
-        for x, y in zip(signals.split(at_a_time, dim=1), labels.split(at_a_time)):
-            replicas = len(next(iter(parameters.values())))
-            logits = forward(parameters, x.expand(replicas, *x.shape))
-            target = y.expand(replicas, -1)
-            loss += F.cross_entropy(logits, target, reduction="none").double().sum(dim=1)
-            missed = (logits.argmax(dim=1) != target).long()
-            misses += missed @ F.one_hot(y, 10)
+    """The mean loss of each replica over a split, and how many of each class it misses (replicas, 10)."""
+    replicas, loss, misses = len(parameters["out_bias"]), 0, 0
+    for x, y in zip(signals.split(at_a_time, dim=1), labels.split(at_a_time)):
+        logits, target = forward(parameters, x.expand(replicas, -1, -1)), y.expand(replicas, -1)
+        loss += F.cross_entropy(logits, target, reduction="none").cpu().double().sum(dim=1)
+        misses += (logits.argmax(dim=1) != target).long().cpu() @ F.one_hot(y, 10).cpu()
     return (loss / len(labels)).tolist(), misses.tolist()
 
 
-def train(model, order, validation, seeds, forward, device, steps, progress, stop):
-    """Train a replica for each seed: their logs. Without validation, to the last step."""
-    splits = load_splits(order, validation)
-    splits = {name: (x.to(device), y.to(device)) for name, (x, y) in splits.items()}
+def train(config, seeds, data, progress, device="cpu"):
+    """Train a replica for each seed, all at once: seed -> its records, up to the step that is reported."""
+    splits, size = make_splits(config, data, device), config["batch_size"]
     signals, labels = splits["train"]
-    parameters = init_parameters(model, seeds, device)
-    optimizer = torch.optim.Adam(parameters.values(), lr=SIZES["lr"], fused=True)
-    logs, train_seconds, started = {seed: [] for seed in seeds}, 0.0, time.perf_counter()
-    going_on = list(seeds)
-    for step in range(steps + 1):  # as published: the last step is that of number 6000, after 6,000 others
-        first = step * BATCH % len(labels)
-        x, y = signals[:, first : first + BATCH], labels[first : first + BATCH]
-        logits = forward(parameters, x.expand(len(going_on), *x.shape))
-        losses = F.cross_entropy(logits, y.expand(len(going_on), -1), reduction="none")
+    forward, parameters = MODELS[config["model"]][0], init_parameters(config["model"], seeds, device)
+    # Not fused=True: it rounds the last few numbers of a tensor otherwise, so that a replica's result would
+    # depend on how many others are trained beside it.
+    optimizer = torch.optim.Adam(parameters.values(), lr=config["lr"], foreach=True)
+    records = {seed: [] for seed in seeds}
+    for step in range(config["steps"] + 1):
+        first = step * size % len(labels)
+        x, y = signals[:, first : first + size], labels[first : first + size]
+        logits = forward(parameters, x.expand(len(seeds), -1, -1))
+        losses = F.cross_entropy(logits, y.expand(len(seeds), -1), reduction="none")
         optimizer.zero_grad()
-        losses.mean(dim=1).sum().backward()  # of each replica, the gradient of its own loss
+        losses.mean(dim=1).sum().backward()  # the gradient of each replica is that of its own loss
         optimizer.step()
-        progress.update(len(seeds) * BATCH)
-        if stop.is_set():
-            return None
-        if step % EVALUATE_EVERY == 0 or step == steps:
-            train_seconds += time.perf_counter() - started
-            for split, examples in splits.items():
-                if split == "train" and step < steps and not validation:
-                    continue  # of these, only the last will be looked at
-                for seed, loss, misses in zip(going_on, *evaluate(forward, parameters, *examples)):
-                    shown = (step + 1) * BATCH
-                    facts = sum(misses), len(examples[1]), shown, train_seconds
-                    entry = utils.evaluation(seed, shown // len(labels), split, loss, *facts)
-                    logs[seed].append({"step": step, **entry, "class_misses": misses})
-            if validation:
-                kept = [k for k, seed in enumerate(going_on) if chosen_step(logs[seed]) > step - PATIENCE]
-                if not kept:
-                    break
-                if len(kept) < len(going_on):
-                    going_on = [going_on[k] for k in kept]
-                    parameters, optimizer = keep(kept, parameters, optimizer)
-            started = time.perf_counter()
-    return [until(log, chosen_step(log)) if validation else log for log in logs.values()]
+        progress(len(seeds))
+        if step % config["evaluate_every"] and step < config["steps"]:
+            continue
+        for split, (x, y) in splits.items():
+            if split == "train" and not config["validation"] and step < config["steps"]:
+                continue  # only its last evaluation is reported
+            for seed, loss, misses in zip(seeds, *evaluate(forward, parameters, x, y)):
+                record = runs.evaluation((step + 1) * size // len(labels), split, loss, sum(misses), len(y))
+                records[seed].append({"step": step, **record, "class_misses": misses})
+        if config["validation"] and all(
+            step >= chosen_step(own, config) + config["patience"] for own in records.values()
+        ):
+            break
+    if config["validation"]:
+        records = {
+            seed: [record for record in own if record["step"] <= chosen_step(own, config)]
+            for seed, own in records.items()
+        }
+    return records
 
 
-def keep(replicas, parameters, optimizer):
-    """The parameters of these replicas alone, and an Adam that goes on with them."""
-    kept = {name: tensor.detach()[replicas].requires_grad_() for name, tensor in parameters.items()}
-    going_on = torch.optim.Adam(kept.values(), lr=SIZES["lr"], fused=True)
-    for old, new in zip(parameters.values(), kept.values()):
-        state = optimizer.state[old]
-        moments = {name: state[name][replicas] for name in ("exp_avg", "exp_avg_sq")}
-        going_on.state[new] = {"step": state["step"], **moments}
-    return kept, going_on
-
-
-def chosen_step(log):
-    """The step after which fewest validation examples were missed, before patience ended."""
+def chosen_step(records, config):
+    """The first step with the fewest validation misses, among those until patience has run out."""
     best = None
-    for entry in log:
-        if entry["split"] == "validation":
-            if best and entry["step"] > best["step"] + PATIENCE:
+    for record in records:
+        if record["split"] == "validation":
+            if best and record["step"] > best["step"] + config["patience"]:
                 break
-            best = entry if not best or entry["misses"] < best["misses"] else best
+            if not best or record["misses"] < best["misses"]:
+                best = record
     return best["step"]
 
 
-def until(log, step):
-    """The evaluations of a replica that was stopped after `step`."""
-    return [entry for entry in log if entry["step"] <= step]
+# What the page shows
 
 
-# Runs
-
-# Those that take longest come first.
-JOBS = [
-    (model, order, validation)
-    for model in ("cnn", "mlp-256", "gru", "mlp-100", "logistic")
-    for order in ORDERS
-    for validation in (0, VALIDATION)
-]
+def published_row(model, order):
+    """The row of the paper's table; it does not say how wide its MLP is."""
+    return utils.reference("mnist1d")[model.split("-")[0] + "-shuffled" * (order == "shuffled")]
 
 
-@functools.cache
-def say_once(sentence):
-    """On stderr."""
-    print(sentence, file=sys.stderr)
+def curves(found):
+    """Test accuracy after each step of the runs on all examples, a panel for each order."""
+    figure, axes = figures.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    for axis, order in zip(axes, ORDERS):
+        for number, model in enumerate(MODELS):
+            own = [
+                [r for r in records if r["split"] == "test"]
+                for records in found[f"{model}-{order}"].records.values()
+            ]
+            steps = [record["step"] for record in own[0]]
+            accuracies = 100 - np.array([[record["error"] for record in records] for records in own])
+            mean, sd = accuracies.mean(axis=0), accuracies.std(axis=0, ddof=len(own) > 1)
+            axis.fill_between(steps, mean - sd, mean + sd, color=f"C{number}", alpha=0.25, linewidth=0)
+            axis.plot(steps, mean, color=f"C{number}", label=model)
+            published = [published_row(model, order)["test_accuracy"]] * 2
+            axis.plot([steps[-1], 1.1 * steps[-1]], published, "--", color=f"C{number}", linewidth=2)
+        axis.set(xlabel="step", title=f"{order} signals: mean ± sd, n = {len(own)}", ylim=(0, 100))
+        axis.grid(True)
+    axes[0].set_ylabel("test accuracy (%); dashed: published")
+    axes[0].legend(fontsize="small", loc="lower right", ncol=2)
+    return figure
 
 
-def pick_forward(model, engine, device):
-    """The function from parameters and signals to logits, and which engine computes it."""
-    if engine == "c" and device != "cpu":
-        raise utils.BadRequest(f"--engine c computes on a CPU alone; leave it out with --device {device}.")
-    if model != "gru":
-        return FORWARD[model], "torch"
-    if engine != "torch" and device == "cpu":
-        try:
-            return functools.partial(gru, states_of=Gru()), "c"
-        except build.Unavailable as error:
-            if engine == "c":
-                raise utils.BadRequest(f"--engine c: {error}; --engine torch does without.") from error
-            say_once(f"No C engine for the GRU: {error}. PyTorch takes several times as long.")
-    return functools.partial(gru, states_of=gru_states), "torch"
+def accuracies(run):
+    """Test accuracy of each seed at the step that is reported, in percent."""
+    return [100 - record["error"] for record in run.final("test")]
 
 
-def describe(model, order, validation, args):
-    """The folder of a run, its run.json and its forward function."""
-    forward, engine = pick_forward(model, args.engine, args.device)
-    settings = {"model": model, "order": order} | ({"validation": validation} if validation else {})
-    settings |= {"smoke": True} if args.smoke else {}
-    facts = {"engine": engine, "threads": args.threads, "parameters": int(COUNTS[model])}
-    described = utils.describe_run("spatial_priors", settings, args, **facts)
-    name = f"{model}-{order}{'-validation' * bool(validation)}"
-    name += f"-{args.device}" * (args.device != "cpu") + "-torch" * (
-        args.engine == "torch" and model == "gru"
-    )
-    seeds = described["seeds"]
-    return args.out / f"{name}-seeds{seeds[0]}-{seeds[-1]}", described, forward
+def accuracy_table(found):
+    """What is published beside the three accuracies that may be meant by it.
+
+    In brackets: published minus ours, in standard deviations of that difference (the published one and ours).
+    """
+    head = ["signals", "model", "parameters", "published"]
+    head += ["last step", "early stopping", "at step (median)", "best step on the test set"]
+    rows = []
+    for order, model in itertools.product(ORDERS, MODELS):
+        whole, stopped = found[f"{model}-{order}"], found[f"{model}-{order}-validation"]
+        tests = [[r["error"] for r in own if r["split"] == "test"] for own in whole.records.values()]
+        row, cells = published_row(model, order), []
+        for values in accuracies(whole), accuracies(stopped), [100 - min(errors) for errors in tests]:
+            spread = statistics.stdev(values) if len(values) > 1 else 0
+            distance = row["test_accuracy"] - statistics.fmean(values)
+            distance /= math.hypot(spread, row["test_accuracy_sd"])
+            cells.append(f"{tables.mean_sd(values, '.1f')} ({distance:+.1f})")
+        cells.insert(2, f"{statistics.median(record['step'] for record in stopped.final('test')):g}")
+        published = f"{row['test_accuracy']} ± {row['test_accuracy_sd']}"
+        rows.append((order, model, f"{COUNTS[model]:,}", published, *cells))
+    return tables.markdown_table(head, rows, left=2)
 
 
-class Stopped(Exception):
-    """By Ctrl-C, or since another run has failed."""
+def shuffling_table(found):
+    """What shuffling costs, in points of test accuracy, with the 95% interval of the mean over seeds."""
+    rows = []
+    for model in MODELS:
+        published = [published_row(model, order)["test_accuracy"] for order in ORDERS]
+        cells = [f"{published[1] - published[0]:+d}"]
+        for ending in "", "-validation":
+            own = [accuracies(found[f"{model}-{order}{ending}"]) for order in ORDERS]
+            change, n = statistics.fmean(own[1]) - statistics.fmean(own[0]), len(own[0])
+            cells.append(f"{change:+.1f}")
+            if n > 1:
+                error = math.sqrt(sum(statistics.variance(values) for values in own) / n)
+                reach = tables.student_t(0.975, 2 * n - 2) * error
+                cells[-1] += f" ({change - reach:+.1f} to {change + reach:+.1f})"
+        rows.append((model, *cells))
+    return tables.markdown_table(("model", "published", "last step", "early stopping"), rows)
 
 
-def run(args, job, progress, stop):
-    """Train and log the replicas of a (model, order, validation), unless that has been done."""
-    folder, described, forward = describe(*job, args)
-    seeds, steps = described["seeds"], SMOKE_STEPS if args.smoke else STEPS
-    with contextlib.suppress(Stopped):
-        if not utils.finished(folder, args.smoke):
-            with utils.run_folder(folder, described) as writing:
-                logs = train(*job, seeds, forward, args.device, steps, progress, stop)
-                if logs is None:
-                    raise Stopped
-                for seed, log in zip(seeds, logs):
-                    utils.write_log(writing / f"seed{seed}.jsonl", log)
-
-
-def accuracies(logs, split="test"):
-    """Of each replica at its last step, in percent."""
-    return [100 - utils.last_evaluations(log)[split]["error"] for log in logs]
-
-
-def read_runs(args):
-    """(model, order, validation) -> the logs of its replicas, of the runs that have finished."""
-    folders = {job: describe(*job, args)[0] for job in JOBS}
-    done = {job: folder for job, folder in folders.items() if utils.finished(folder, args.smoke)}
-    return {job: list(compare.read_run(folder).logs.values()) for job, folder in done.items()}
-
-
-def draw(runs, args):
-    """spatial_priors.png: accuracy after each step of the runs on all examples."""
-    import figures
-
-    panels = {}
-    for (model, order, validation), logs in runs.items():
-        if not validation:
-            tests = [[entry for entry in log if entry["split"] == "test"] for log in logs]
-            steps = [entry["step"] for entry in tests[0]]
-            curves = [[100 - entry["error"] for entry in test] for test in tests]
-            panels.setdefault(order, {})[f"{model}"] = steps, curves
-    published = {
-        order: {model: PUBLISHED[row_of(model, order)]["test_accuracy"] for model in panel}
-        for order, panel in panels.items()
-    }
-    figures.save(figures.accuracy_curves(panels, published), args.out / "spatial_priors.png")
-
-
-def row_of(model, order):
-    """The published row of a model; that of the MLP does not say how wide it is."""
-    return f"{model.split('-')[0]}{'-shuffled' * (order == 'shuffled')}"
-
-
-def table(runs):
-    """The accuracies in Markdown; those chosen on the test set are no results, but may be the published."""
-    head = ("signals", "model", "parameters", "published", "last step", "early stopping", "after step")
-    lines = [f"| {' | '.join(head)} | (best on the test set) |", "|---|---|" + "---:|" * 6]
-    for order in ORDERS:
-        for model in SHAPES:
-            published = PUBLISHED[row_of(model, order)]["test_accuracy"]
-            to_the_end, stopped = runs[model, order, 0], runs[model, order, VALIDATION]
-            step = statistics.median(log[-1]["step"] for log in stopped)
-            best = [100 - min(e["error"] for e in log if e["split"] == "test") for log in to_the_end]
-            cells = [order, model, f"{COUNTS[model]:,}", f"{published}%", spread(accuracies(to_the_end))]
-            cells += [spread(accuracies(stopped)), f"{step:g}", f"({spread(best)})"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def spread(values):
-    """Mean and standard deviation."""
-    sd = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{sd}"
-
-
-def class_table(runs):
-    """Errors of each class on ordered signals after the last step, in Markdown, and those of a human."""
-    lines = [f"| error (%) | {' | '.join(map(str, range(10)))} | all |", "|---|" + "---:|" * 11]
-    of_class = np.bincount(load_splits("ordered", 0)["test"][1].numpy())
-    for model in SHAPES:
-        misses = [utils.last_evaluations(log)["test"]["class_misses"] for log in runs[model, "ordered", 0]]
-        mean = np.mean(misses, axis=0)
-        errors = [*100 * mean / of_class, 100 * mean.sum() / of_class.sum()]
-        lines.append(f"| {model} | {' | '.join(f'{error:.1f}' for error in errors)} |")
-    human = PUBLISHED["human"]
-    errors = [*human["class_errors"], 100 - utils.published(human["accuracy"])]
-    lines.append(f"| human, published | {' | '.join(f'{error:.1f}' for error in errors)} |")
-    return "\n".join(lines)
+def class_table(found, labels):
+    """The test error of each class on ordered signals after the last step, and that of the one human."""
+    sizes, rows = np.bincount(labels), []
+    for model in MODELS:
+        misses = np.mean([r["class_misses"] for r in found[f"{model}-ordered"].final("test")], axis=0)
+        rows.append((model, *(f"{e:.1f}" for e in [*100 * misses / sizes, 100 * misses.sum() / sizes.sum()])))
+    human = utils.reference("mnist1d")["human"]
+    errors = *human["class_errors"], 100 - tables.published(human["accuracy"])
+    rows.append(("human, published", *(f"{error:.1f}" for error in errors)))
+    return tables.markdown_table(["error (%)", *map(str, range(10)), "all"], rows)
 
 
 @utils.exit_status
 def main(argv=None):
-    parser = utils.Parser("spatial_priors", __doc__)
-    whole = functools.partial(utils.number, int)
-    flag = parser.add_argument
-    flag("--seed", default=0, type=whole(at_least=0, at_most=2**31), help="of the first replica: its weights")
-    flag("--seeds", default=10, type=whole(at_least=1, at_most=10**4), help="replicas of each model")
-    flag("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="where it is computed")
-    flag("--engine", default="auto", choices=("auto", "c", "torch"), help="of the GRU; auto: C on a CPU")
-    flag("--threads", default=utils.cores(), type=whole(at_least=1), help="models trained at a time")
-    flag("--smoke", action="store_true", help=f"{SMOKE_STEPS} steps: does everything run?")
-    flag("--out", type=Path, metavar="DIR", help="folder of the runs (default: results/spatial_priors)")
-    flag("--markdown", action="store_true", help="write the tables into README.md as well")
-    flag("--quiet", action="store_true", help="print only errors and the tables")
-    args = parser.parse_args(argv)
-    if args.smoke and args.markdown:
-        raise utils.BadRequest("--markdown: what --smoke trains is no result; leave one of them out.")
+    args = common.parse(common.study_flags("spatial_priors", __doc__, seeds=10), argv)
+    if args.engine == "c":
+        raise utils.BadRequest("--engine c: there is no C engine for these models; leave it out")
     utils.require_device(args.device)
     torch.set_num_threads(1)
-    args.out = args.out or FOLDER.with_name("spatial_priors" + "-smoke" * args.smoke)
-    steps = SMOKE_STEPS if args.smoke else STEPS
-    total = len(JOBS) * args.seeds * (steps + 1) * BATCH
-    utils.in_parallel(functools.partial(run, args), JOBS, args.threads, total, args.quiet, "example")
-    runs = read_runs(args)
-    draw(runs, args)
-    tables = table(runs), class_table(runs)
-    print(*tables, sep="\n\n")
-    if args.markdown:
-        for script, own in zip(("spatial_priors.py", "spatial_priors.py, classes"), tables):
-            utils.update_readme(utils.ROOT / "README.md", script, own)
+    data = mnist1d_gen.make_dataset()
+    configs = {name: config | SMOKE if args.smoke else config for name, config in CONFIGS.items()}
+    found = common.run_configs(
+        args,
+        "spatial_priors",
+        configs,
+        lambda config, seeds, progress: train(config, seeds, data, progress, args.device),
+        mnist1d_gen.sha256(data),
+        work=lambda config: config["steps"] + 1,
+        together=True,
+        engine="torch",
+        device=args.device,
+    )
+    figures.save(curves(found), args.out / "spatial_priors.png")
+    shown = {
+        "accuracies": accuracy_table(found),
+        "shuffling": shuffling_table(found),
+        "classes": class_table(found, data["y_test"]),
+    }
+    print(*shown.values(), sep="\n\n")
+    if args.out == PAGE.parent:
+        mnist1d_gen.draw_picture(args.out / "mnist1d.png", data, mnist1d_gen.Arguments())
+        tables.write_tables(PAGE, shown)
 
 
 if __name__ == "__main__":
