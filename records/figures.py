@@ -206,44 +206,6 @@ def clouds(clouds, published, title):
     return figure
 
 
-def signals(rows, title):
-    """name -> ten signals, a row each. As in MNIST-1D's paper they run downwards, which makes them digits."""
-    figure, axis = subplots(figsize=(10, 1.1 * len(rows) + 0.4))
-    for number, (name, row) in enumerate(rows.items()):
-        axis.text(-0.6, number, name, ha="right", va="center", fontsize="small")
-        limit = max((np.abs(signal).max() for signal in row if len(signal)), default=1)
-        for column, signal in enumerate(row):
-            along = np.linspace(number - 0.4, number + 0.4, len(signal))
-            axis.plot(column + 0.45 * np.asarray(signal) / limit, along, color="C0", linewidth=1)
-    axis.set(xlim=(-0.6, 9.6), ylim=(len(rows) - 0.5, -0.5), title=title, xticks=range(10))
-    axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
-    axis.set_yticks([])
-    axis.set_frame_on(False)
-    return figure
-
-
-def accuracy_curves(panels, published):
-    """A panel for each order of MNIST-1D: name -> steps and test accuracies (replicas, steps) in percent.
-
-    `published`: order -> name -> accuracy, drawn dashed at the right end in the colour of the name.
-    """
-    figure, axes = subplots(1, len(panels), figsize=(10, 4.2), sharey=True, squeeze=False)
-    for axis, (order, curves) in zip(axes[0], panels.items()):
-        for number, (name, (steps, accuracies)) in enumerate(curves.items()):
-            mean, sd = np.mean(accuracies, axis=0), np.std(accuracies, axis=0, ddof=len(accuracies) > 1)
-            style = {"color": f"C{number}"}
-            axis.fill_between(steps, mean - sd, mean + sd, alpha=0.25, linewidth=0, **style)
-            axis.plot(steps, mean, label=name, **style)
-            value = published[order][name]
-            axis.plot([steps[-1], steps[-1] * 1.1], [value] * 2, "--", linewidth=2, **style)
-        seeds = f"{len(accuracies)} seed{'s' * (len(accuracies) > 1)}"
-        axis.set(xlabel="step", title=f"{order} signals: mean ± sd, {seeds}", ylim=(0, 100))
-        axis.grid(True)
-    axes[0, 0].set_ylabel("test accuracy (%); dashed: published")
-    axes[0, 0].legend(fontsize="small", loc="lower right", ncol=2)
-    return figure
-
-
 def layers_learning(running, title, evaluated=()):
     """Forward-Forward's layers after each pass: their losses, the pairs that they misorder, and the error.
 
