@@ -98,24 +98,28 @@ def load_whole_mnist(data_root=None):
 def build_usps(root):
     """The US Postal Service digits, in the order of their files and with torchvision's 256 grey levels."""
     contents, arrays = sources.obtain("usps", root), []
-    genuine = utils.reference("datasets")["usps"]
     for split, file in zip(("train", "test"), sources.FILES["usps"]):
-        content = contents[(root / file).name]
-        try:  # a line is the digit from 1 to 10, then 1:<pixel 1> 2:<pixel 2> ... of -1 to 1
-            text = re.sub(rb"\S+:", b"", bz2.decompress(content)).decode()
-            table = np.loadtxt(text.splitlines(), np.float32, ndmin=2)
-            with np.errstate(invalid="ignore"):  # NaN becomes some number, which the checksum finds
-                labels = table[:, 0].astype(np.int64) - 1
-                images = ((table[:, 1:].reshape(-1, SIDE, SIDE) + 1) / 2 * 255).astype(np.uint8)
-            images = images.astype(np.float32) / 127.5 - 1
-        except (OSError, EOFError, ValueError) as error:
-            raise damaged(root / file, error) from error
-        digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-        of_torchvision = hashlib.md5(content).hexdigest() == genuine[f"{split}_archive_md5"]
-        if digest != genuine[f"{split}_sha256"] and not of_torchvision:
-            raise damaged(root / file, "its digits are not the genuine ones")
-        arrays += [images, labels]
+        arrays += read_usps(split, contents[(root / file).name], root / file)
     return Digits(*arrays, {"data": "usps", "sources": find_sources("usps", root)})
+
+
+def read_usps(split, content, path):
+    """Images and labels from the content of an archive; BadRequest where they are not the genuine ones."""
+    try:  # a line is the digit from 1 to 10, then 1:<pixel 1> 2:<pixel 2> ... of -1 to 1
+        text = re.sub(rb"\d+:", b"", bz2.decompress(content)).decode()
+        table = np.loadtxt(text.splitlines(), np.float32, ndmin=2)
+        with np.errstate(invalid="ignore"):  # NaN becomes some number, which the checksum finds
+            labels = table[:, 0].astype(np.int64) - 1
+            images = ((table[:, 1:].reshape(-1, SIDE, SIDE) + 1) / 2 * 255).astype(np.uint8)
+    except (OSError, EOFError, ValueError) as error:
+        raise damaged(path, error) from error
+    images = images.astype(np.float32) / 127.5 - 1
+    digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    genuine = utils.reference("datasets")["usps"]
+    of_torchvision = hashlib.md5(content).hexdigest() == genuine[f"{split}_archive_md5"]
+    if digest != genuine[f"{split}_sha256"] and not of_torchvision:
+        raise damaged(path, "its digits are not the genuine ones")
+    return images, labels
 
 
 def build_strokes(train_size=TRAIN_SIZE, test_size=TEST_SIZE):
