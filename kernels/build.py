@@ -11,15 +11,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-# Products and sums may fuse: the sources leave no choice which. No flag lets the compiler reorder a sum.
+# A product and a sum may fuse into one instruction; the sources leave no choice of which. No flag lets the
+# compiler change the order of a sum.
 MATHS = ("-std=c11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
 FLAGS = (*MATHS, "-fPIC", "-shared")
 
 
 class Unavailable(Exception):
-    """The library cannot be had on this machine: one sentence that says why."""
+    """The library cannot be had on this machine; the message is one sentence that says why."""
 
 
 def find_compiler():
@@ -40,8 +42,8 @@ def find_compiler():
 def library(source, defines, target=None):
     """The C file `source`, compiled with -D for each of `defines` and loaded: a ctypes.CDLL.
 
-    `target`: the flags that choose the processor; for this one where it is None. The source may include
-    nothing but the system's headers. Unavailable where there is no compiler, or it fails.
+    `target`: the flags that choose the processor, or None for the one at hand. The source may include only
+    the system's headers. Raises Unavailable where there is no compiler, it fails, or there is no room.
     """
     source = Path(source)
     text = source.read_bytes()
@@ -50,33 +52,48 @@ def library(source, defines, target=None):
     command = [*compiler, *FLAGS, *target, *(f"-D{name}={value}" for name, value in defines.items())]
     # The macros tell the compiler's version and the processor's features: home directories are shared.
     made_of = repr((text, command, macros, sys.platform, platform.machine()))
-    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    name = f"{source.stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
     try:
-        folder = cache_folder()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise OSError(f"{folder} is somebody else's, and may hold anything")
-        for cached in folder.glob(f"{glob.escape(source.stem)}-{key}-*.so"):
-            with contextlib.suppress(OSError):  # another process may just have replaced it, or it is damaged
-                if cached.name == _name(source, key, cached):
-                    return ctypes.CDLL(str(cached))
-                cached.unlink()
-        with tempfile.TemporaryDirectory(dir=folder) as workshop:
-            built = _compile(command, source.name, text, Path(workshop))
-            published = folder / _name(source, key, built)
-            os.replace(built, published)
-        return ctypes.CDLL(str(published))
-    except (OSError, Unavailable):  # a cache that is full or read-only, or from which nothing may be executed
+        return _from_cache(name, command, source.name, text)
+    except (OSError, Unavailable) as error:  # a full or read-only cache, or one that forbids execution
+        reason = error
+    try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as workshop:
-            built = _compile(command, source.name, text, Path(workshop))
-            try:
-                return ctypes.CDLL(str(built))
-            except OSError as error:
-                raise Unavailable(f"the compiled kernel cannot be loaded ({error})") from error
+            return ctypes.CDLL(str(_compile(command, source.name, text, Path(workshop))))
+    except OSError as error:
+        places = f"the cache folder ({reason}), nor in $TMPDIR ({error})"
+        raise Unavailable(f"a kernel can be compiled and loaded neither in {places}") from error
+
+
+def _from_cache(name, command, source_name, text):
+    """Load the library `name`-<hash of its content>.so from the cache, compiling it where it is not there."""
+    folder = cache_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise OSError(f"{folder} belongs to another user, so its libraries cannot be trusted")
+    for cached in folder.glob(f"{glob.escape(name)}-*.so"):
+        with contextlib.suppress(OSError):  # another process may just have replaced it, or it is damaged
+            if cached.name == _name(name, cached):
+                return ctypes.CDLL(str(cached))
+            cached.unlink()
+    for left in folder.glob("tmp*"):  # by processes that were killed while they compiled
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=folder) as workshop:
+        built = _compile(command, source_name, text, Path(workshop))
+        published = folder / _name(name, built)
+        os.replace(built, published)
+    return ctypes.CDLL(str(published))
+
+
+def _name(name, path):
+    """The name ends in a hash of the content, so that a damaged library is noticed before it is loaded."""
+    return f"{name}-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.so"
 
 
 def compiler_version():
-    """The first line of what the compiler says of itself."""
+    """The first line that the compiler prints for --version."""
     return _run([*find_compiler(), "--version"]).stdout.decode(errors="replace").split("\n")[0]
 
 
@@ -91,7 +108,7 @@ def cache_folder():
 
 
 def resolve_target(compiler, target):
-    """The flags for the processor, and the macros they give: for this very one, as the compiler spells it."""
+    """The flags that choose the processor, and the macros that they define; None chooses the one at hand."""
     spellings = [["-march=native"], ["-mcpu=native"], []]
     if platform.machine() in ("aarch64", "arm64", "ppc64le"):
         spellings.insert(0, spellings.pop(1))
@@ -105,7 +122,7 @@ def resolve_target(compiler, target):
 
 
 def _compile(command, name, text, folder):
-    """Compile the very text that was hashed, into `folder`, to the last byte on disk."""
+    """Compile the text that was hashed into `folder`; its last byte is on disk when this returns."""
     (folder / name).write_bytes(text)
     built = folder / "kernel.so"
     done = _run([*command, "-o", built, folder / name, "-lm"])
@@ -127,13 +144,8 @@ def _run(command):
 
 
 def _failure(command, stderr):
-    """Of all that the compiler says, the line that says most."""
+    """A sentence with the line of the compiler's messages that says most."""
     lines = stderr.decode(errors="replace").strip().splitlines() or ["it says nothing"]
     errors = [line for line in lines if "error: " in line and "ld returned" not in line]
     linking = [line for line in lines if "ld: " in line]
     return f"{command[0]} fails: {(errors or linking or lines[-1:])[0].strip()}"
-
-
-def _name(source, key, path):
-    """The name ends in a hash of the content, so that a damaged library is known before it is loaded."""
-    return f"{source.stem}-{key}-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.so"

@@ -348,7 +348,7 @@ def test_a_compiler_that_makes_nothing(body, source, tmp_path, monkeypatch):
 
 def test_a_compiler_that_makes_no_library(source, monkeypatch):
     monkeypatch.setenv("CC", f"{quoted(COMPILER)} -c")
-    refused("cannot be loaded", source=source)
+    refused("the cache folder", "$TMPDIR", "can be loaded", source=source)
 
 
 @pytest.mark.parametrize("name", ["gcc", "clang"])
@@ -560,7 +560,7 @@ def test_no_folder_from_which_anything_may_be_executed(source, tmp_path):
     folder = tmp_path / "mounted"
     process = start(source, prefix=mounted("noexec", folder), XDG_CACHE_HOME=str(folder), TMPDIR=str(folder))
     last = process.communicate(timeout=60)[1].splitlines()[-1]
-    assert last.startswith("kernels.build.Unavailable: the compiled kernel cannot be loaded")
+    assert last.startswith("kernels.build.Unavailable: a kernel can be compiled and loaded neither in")
 
 
 @pytest.mark.parametrize("size", ["nr_inodes=1", "size=8k"])
@@ -568,6 +568,14 @@ def test_a_cache_on_a_full_disk(size, source, tmp_path, temporary):
     prefix = mounted(size, tmp_path / "mounted")
     assert load(source, prefix=prefix, XDG_CACHE_HOME=str(tmp_path / "mounted")) == 42
     assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["nr_inodes=1", "size=8k"])
+def test_cache_and_temporary_folder_on_a_full_disk(size, source, tmp_path):
+    folder = tmp_path / "mounted"
+    process = start(source, prefix=mounted(size, folder), XDG_CACHE_HOME=str(folder), TMPDIR=str(folder))
+    last = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert last.startswith("kernels.build.Unavailable: ") and ("$TMPDIR" in last or "No space" in last)
 
 
 def test_nothing_is_written_beside_the_source(source, cache):
@@ -626,3 +634,12 @@ def test_a_process_killed_while_it_compiles_does_no_harm(source, cache, tmp_path
     assert not list(cache.glob("*.so"))
     assert load(source) == 42
     assert len(list(cache.glob("*.so"))) == 1
+
+
+def test_what_a_killed_compilation_left_is_removed_when_it_is_old(source, cache):
+    for name in ("tmp-old", "tmp-new"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "kernel.so").write_text("half")
+    os.utime(cache / "tmp-old", (0, 0))
+    assert load(source) == 42
+    assert {path.name for path in cache.iterdir() if path.is_dir()} == {"tmp-new"}

@@ -75,7 +75,7 @@ def test_usps_equals_an_independent_construction(usps_root):
         pixels = np.array([[float(x.split(":")[1]) for x in line.split()[1:]] for line in some])
         images = getattr(digits, f"{split}_images")
         np.testing.assert_array_equal(getattr(digits, f"{split}_labels"), labels)
-        assert np.abs(images[::9].reshape(len(some), 256) - pixels).max() <= 1 / 127.5 + 1e-6  # 256 grey levels
+        assert np.abs(images[::9].reshape(len(some), 256) - pixels).max() <= 1 / 127.5 + 1e-6  # grey levels
         assert np.bincount(labels).tolist() == COUNTS["usps"][f"{split}_counts"]
     assert len(digits.train_labels) == 7291 and len(digits.test_labels) == 2007
 
