@@ -1,5 +1,6 @@
 """Tables and pages of runs: what was measured, in Markdown, beside what is published."""
 
+import functools
 import math
 import statistics
 
@@ -23,26 +24,24 @@ def mean_sd(values, form=".2f", unit=""):
     return f"{statistics.fmean(values):{form}}{unit}{sd}"
 
 
+@functools.cache
 def student_t(probability, degrees):
-    """The quantile of Student's t: the root of its distribution function, found by bisection.
+    """The quantile of Student's t, for a probability of a half or more: the root of its distribution function.
 
     The function is the integral of the density (Abramowitz and Stegun 26.7.1) with t = sqrt(degrees) tan(a),
-    by Simpson's rule; exact to better than 1e-6.
+    by Simpson's rule; exact to better than 1e-6. Newton's method finds the root: from 0 it never oversteps,
+    because the function is concave.
     """
     scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
-
-    def distribution(t, steps=200):
-        width = math.atan(t / math.sqrt(degrees)) / steps
-        weights = [1, *([4, 2] * steps)[: steps - 1], 1]
-        return 0.5 + scale * width / 3 * sum(
-            weight * math.cos(k * width) ** (degrees - 1) for k, weight in enumerate(weights)
-        )
-
-    low, high = 0.0, 1000.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if distribution(middle) < probability else (low, middle)
-    return high
+    t, step = 0.0, 1.0
+    while step > 1e-9 * (1 + t):
+        a = math.atan(t / math.sqrt(degrees))
+        weights = [1, *([4, 2] * 100)[:199], 1]
+        values = (weight * math.cos(k * a / 200) ** (degrees - 1) for k, weight in enumerate(weights))
+        distribution = 0.5 + scale * a / 600 * sum(values)
+        step = (probability - distribution) / (scale / math.sqrt(degrees) * math.cos(a) ** (degrees + 1))
+        t += step
+    return t
 
 
 def prediction_interval(values, probability=0.95):
@@ -50,6 +49,20 @@ def prediction_interval(values, probability=0.95):
     n, mean, sd = len(values), statistics.fmean(values), statistics.stdev(values)
     reach = student_t((1 + probability) / 2, n - 1) * sd * math.sqrt(1 + 1 / n)
     return mean - reach, mean + reach
+
+
+def mean_interval(values, sd, n, probability=0.95):
+    """Where the mean of n values of that standard deviation falls if they are like ours (Welch's t): (low, high)."""
+    own, other = statistics.variance(values) / len(values), sd**2 / n
+    degrees = (own + other) ** 2 / (own**2 / (len(values) - 1) + other**2 / (n - 1))
+    reach = student_t((1 + probability) / 2, degrees) * math.sqrt(own + other)
+    return statistics.fmean(values) - reach, statistics.fmean(values) + reach
+
+
+def sign_test(successes, n):
+    """How probable so many of n, or a number as far from half, are by tossing a coin (two-sided, exact)."""
+    tail = sum(math.comb(n, k) for k in range(min(successes, n - successes) + 1))
+    return min(1.0, 2 * tail / 2**n)
 
 
 def markdown_table(head, rows, left=1):
