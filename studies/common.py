@@ -1,6 +1,8 @@
-"""What the studies share: their flags, and training all configs and seeds that are not on disk yet."""
+"""What the studies share: flags, training what is not on disk yet, and choosing by validation examples."""
 
 import contextlib
+import hashlib
+import math
 import time
 
 import prepro
@@ -66,3 +68,59 @@ def run_configs(args, study, configs, train, data_sha256="", work=None, together
         if jobs:
             runs.in_parallel(job, jobs, args.threads, total, args.quiet, "step" if work else "seed")
     return opened
+
+
+def next_rate(lr, step=1):
+    """The learning rate that comes `step` places after `lr` in ..., 0.01, 0.03, 0.1, 0.3, 1, 3, ..."""
+    place = round(2 * math.log10(lr)) + step
+    return float(f"{'31'[place % 2 == 0]}e{place // 2}")
+
+
+def choose(config, misses_of, also=None):
+    """The config with the best of the learning rates that `config["lr"]` lists, and of the values of `also`.
+
+    The best has the fewest `misses_of(config)`; of equals, the lowest rate. For each value of the field
+    `also`, while the best rate is the lowest or the highest tried, the next one beyond is tried, too, at most
+    `config["lr_farther"]` times.
+    """
+    misses = {}
+    for value in config[also] if also else [None]:
+        fixed, waiting, tried = {also: value} if also else {}, list(config["lr"]), {}
+        while waiting:
+            lr = waiting.pop(0)
+            tried[lr] = misses[lr, value] = misses_of(config | fixed | {"lr": lr})
+            best = min((missed, lr) for lr, missed in tried.items())[1]
+            if not waiting and len(tried) < len(config["lr"]) + config["lr_farther"]:
+                beyond = {min(tried): -1, max(tried): 1}
+                waiting = [next_rate(best, beyond[best])] if best in beyond else []
+    lr, value = min(misses, key=lambda cell: (misses[cell], cell))
+    return config | {"lr": lr} | ({also: value} if also else {})
+
+
+def choose_and_test(config, seeds, look, also=None):
+    """seed -> records: first `choose` by the networks of `config["choosing_seeds"]`, then test the best.
+
+    `look(config, seed, split)` trains a network and returns its records of that split: `validation` while
+    choosing, then `test`. The records of the choice are kept for the seeds that made it.
+    """
+    records = {seed: [] for seed in seeds}
+
+    def misses_of(candidate):
+        found = {seed: look(candidate, seed, "validation") for seed in config["choosing_seeds"]}
+        for seed in found.keys() & records.keys():
+            records[seed] += found[seed]
+        return sum(record["misses"] for own in found.values() for record in own)
+
+    chosen = choose(config, misses_of, also)
+    for seed in seeds:
+        records[seed] += look(chosen, seed, "test")
+    return records
+
+
+def load_whole_mnist(data_root=None):
+    """MNIST: split -> images (n, 784) from 0 to 1 and labels (n,), as tensors; and the data's SHA-256."""
+    digest, splits = hashlib.sha256(), {}
+    for split, (images, labels) in prepro.load_whole_mnist(data_root).items():
+        digest.update(images.numpy().tobytes() + labels.numpy().tobytes())
+        splits[split] = images.flatten(1).float() / 255, labels
+    return splits, digest.hexdigest()
