@@ -234,9 +234,8 @@ def plot(folder):
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("ff_sweep", __doc__)
-    parser.add_argument(
-        "--configs", default="*", help="configs to train, with * for any letters (default: all)"
-    )
+    flag = parser.add_argument_group("configs").add_argument
+    flag("--configs", default=["*"], nargs="+", help="names; * stands for any letters (default: all)")
     args = common.parse(parser, argv)
     changes = SMOKE if args.smoke else {}
     names = {name for pattern in args.configs for name in fnmatch.filter(CONFIGS, pattern)}
