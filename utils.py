@@ -50,7 +50,7 @@ def exit_status(main):
                 stream.reconfigure(errors="replace")  # a terminal that knows ASCII only shows question marks
         try:
             status = main(argv) or 0
-            sys.stdout.flush()  # a full disk shows here at the latest
+            print(end="", flush=True)  # a full disk shows here at the latest
             return status
         except (BadRequest, RunFailed, Stopped) as error:
             sentence, status = f"{error}", error.status
@@ -68,7 +68,7 @@ def exit_status(main):
                 raise
             sentence, status = "out of memory; ask for fewer seeds, digits or units, or smaller batches", 1
         with contextlib.suppress(OSError):
-            sys.stdout.flush()
+            print(end="", flush=True)
         print(f"{Path(main.__code__.co_filename).name}: {sentence.rstrip('.')}.", file=sys.stderr)
         return status
 

@@ -10,6 +10,7 @@ appear whole or not at all, so whatever ends a run, its finished seeds are kept.
 """
 
 import contextlib
+import glob
 import json
 import math
 import shlex
@@ -94,7 +95,7 @@ def _plain(value):
 
 def read_run(path):
     """The Run in a .jsonl file. BadRequest where it does not hold what its header claims, or nonsense."""
-    path = Path(path)
+    path = reading = Path(path)
     try:
         header, *records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         run = Run(path, header["script"], header["config"], header["data_sha256"])
@@ -103,21 +104,23 @@ def read_run(path):
             run.records.setdefault(record["seed"], []).append(record)
         if sorted(run.records) != header["seeds"] or len(records) != header["records"]:
             raise ValueError("it holds other records than its first line claims")
+        reading = path.with_suffix(".run.json")
         with contextlib.suppress(FileNotFoundError):
-            found = json.loads(path.with_suffix(".run.json").read_text(encoding="utf-8"))
+            found = json.loads(reading.read_text(encoding="utf-8"))
             run.sessions = [session for session in found["sessions"] if session["seconds"].keys()]
         return run
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         remedy = "delete it, or restore it from git"
-        raise utils.BadRequest(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error
+        raise utils.BadRequest(f"{reading} is damaged ({type(error).__name__}: {error}): {remedy}") from error
 
 
 def _check(record):
     """ValueError unless the numbers of a record can be true."""
     if not isinstance(record["seed"], int) or not isinstance(record.get("split", ""), str):
         raise ValueError(f"no record: {record}")
-    if not math.isfinite(record.get("loss", 0)):
-        raise ValueError(f"a loss that is no number: {record}")
+    for key in ("loss", "error", "rejected"):
+        if not math.isfinite(record.get(key, 0)):  # TypeError where it is a word
+            raise ValueError(f"a {key} that is not a number: {record}")
     if "misses" in record:
         misses, n = record["misses"], record["n"]
         if not 0 <= misses <= n or n == 0 or abs(record["error"] - 100 * misses / n) > 1e-9:
@@ -164,6 +167,9 @@ def open_run(path, script, config, data_sha256, log=False, **facts):
         print(f"{path.parent} cannot be locked: let no second run write there.", file=sys.stderr)
     except OSError as error:
         raise utils.BadRequest(f"{path.parent} cannot be written ({error.strerror}): use --out") from error
+    for suffix in (".jsonl", ".log", ".run.json"):
+        for left in path.parent.glob(f".{glob.escape(path.with_suffix(suffix).name)}.*.tmp"):
+            left.unlink(missing_ok=True)  # by a process that was killed while it wrote
     try:
         run = read_run(path) if path.exists() else Run(path, script, config, data_sha256)
         run.require(script, config, data_sha256)
@@ -194,7 +200,9 @@ def path_of(args, words, config, preset, engine="c", device="cpu"):
     }
     words = [*words, *(f"{key.replace('_', '-')}{value}" for key, value in changed.items())]
     words += [device] if device != "cpu" else ["torch"] if engine == "torch" else []
-    folder = utils.ROOT / "results" / "smoke" / args.out.name if args.smoke else args.out
+    folder, results = args.out, utils.ROOT / "results"
+    if args.smoke and folder.parent == results:  # so that no page ever shows one
+        folder = results / "smoke" / folder.name
     return folder / f"{'-'.join(words)}.jsonl"
 
 
