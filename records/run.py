@@ -167,10 +167,10 @@ def open_run(path, script, config, data_sha256, log=False, **facts):
         print(f"{path.parent} cannot be locked: let no second run write there.", file=sys.stderr)
     except OSError as error:
         raise utils.BadRequest(f"{path.parent} cannot be written ({error.strerror}): use --out") from error
-    for suffix in (".jsonl", ".log", ".run.json"):
-        for left in path.parent.glob(f".{glob.escape(path.with_suffix(suffix).name)}.*.tmp"):
-            left.unlink(missing_ok=True)  # by a process that was killed while it wrote
     try:
+        for suffix in (".jsonl", ".log", ".run.json"):
+            for left in path.parent.glob(f".{glob.escape(path.with_suffix(suffix).name)}.*.tmp"):
+                left.unlink(missing_ok=True)  # by a process that was killed while it wrote
         run = read_run(path) if path.exists() else Run(path, script, config, data_sha256)
         run.require(script, config, data_sha256)
         started = time.time()
