@@ -204,13 +204,13 @@ def make_dataset(fast_rng=False, quiet=True, **arguments):
             progress.update(len(labels))
     order = stream.permutation(len(y))
     x, y = x[order], y[order]
-    if a.shuffle_seq:
-        x = x[:, stream.permutation(a.final_seq_length)]
     mean, sd = x.mean(), x.std()
-    if sd == 0:
-        raise utils.BadRequest("all signals are 0: let --scale-coeff, a noise or --shear-scale be above 0")
+    if sd < 1e-12:
+        raise utils.BadRequest("the signals do not vary: let a noise or --shear-scale be above 0")
     x -= mean
     x /= sd
+    if a.shuffle_seq:
+        x = x[:, stream.permutation(a.final_seq_length)]
     n = a.train_size
     arrays = {"x": x[:n], "y": y[:n], "x_test": x[n:], "y_test": y[n:]}
     return arrays | {"t": positions(a) / sd, "templates": normalise_templates()}
@@ -243,11 +243,6 @@ def check(arguments):
     rules = [
         ("num_samples", 0 < total <= MOST and total % CLASSES == 0, f"a multiple of {CLASSES} up to {MOST}"),
         ("train_split", 0 < a.train_split < 1, "between 0 and 1"),
-        (
-            "train_split",
-            0 < a.train_size < total,
-            f"such that some of {total} are for training, some for test",
-        ),
         ("template_len", a.template_len >= 1, "at least 1"),
         ("padding", 0 <= low <= high, "the least and the greatest number of zeros"),
         ("max_translation", 1 <= a.max_translation < 2**31, "from 1, which moves nothing, to 2147483647"),
@@ -259,6 +254,10 @@ def check(arguments):
         if not fits:
             value = f"{low} {high}" if name == "padding" else getattr(a, name)
             raise utils.BadRequest(f"--{name.replace('_', '-')} {value}: it has to be {rule}")
+    if not 0 < a.train_size < total:
+        raise utils.BadRequest(
+            f"--train-split {a.train_split} of --num-samples {total} leaves one part empty"
+        )
     if not POINTS <= a.length <= LONGEST:
         raise utils.BadRequest(
             f"--template-len {a.template_len} and --padding {low} {high} make signals of {a.length} points: "
@@ -349,7 +348,11 @@ def main(argv=None):
         elif name == "shuffle_seq":
             kind, shown = {"default": usual, "action": argparse.BooleanOptionalAction}, "no"
         flag(f"--{name.replace('_', '-')}", help=f"{HELP[name]} (default: {shown})", **kind)
-    flag("--fast-rng", action="store_true", help="use NumPy's modern generator: faster, and other examples")
+    flag(
+        "--fast-rng",
+        action="store_true",
+        help="use NumPy's modern generator: faster, and other examples (default: no)",
+    )
     flag = parser.add_argument_group("output").add_argument
     flag(
         "--out", metavar="DIR", type=utils.folder, default=utils.ROOT / "data", help="folder (default: data)"

@@ -1,18 +1,16 @@
-import contextlib
+"""mnist1d_gen.py against the frozen published set, and against a second, slow implementation."""
+
 import functools
 import hashlib
 import json
-import re
 import resource
-import signal
 import subprocess
 import sys
-import time
-import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, one_sentence, run_script, start_script
+import torch
+from conftest import ROOT, one_sentence, run_script
 
 import mnist1d_gen
 import prepro
@@ -33,7 +31,7 @@ def made(fast=False, **arguments):
 
 
 def everything(data):
-    """The examples and labels of a data set, those to train on first."""
+    """The examples and labels of a data set, the training examples first."""
     return np.concatenate([data["x"], data["x_test"]]), np.concatenate([data["y"], data["y_test"]])
 
 
@@ -55,10 +53,11 @@ def assert_same_bytes(ours, expected):
 # The published set
 
 
-def sha256(array, dtype):
+def sha256_of(array, dtype):
     return hashlib.sha256(array.astype(dtype).tobytes()).hexdigest()
 
 
+@pytest.mark.quick
 def test_the_default_is_the_frozen_set():
     path = prepro.find_root() / "mnist1d_frozen.npz"
     if not path.exists():
@@ -87,16 +86,32 @@ def test_the_default_is_what_is_known_of_the_published_set():
     assert np.bincount(data["y_test"]).tolist() == [102, 104, 89, 106, 106, 98, 99, 96, 98, 102]
     np.testing.assert_allclose(data["t"], np.linspace(-1, 1, 40) * 5.38753506670427, rtol=0, atol=1e-12)
     # Of the published arrays themselves, rounded to float32: float64 would depend on the order of sums.
-    assert sha256(data["x"], "<f4") == "d53506bddd12d3b72c7153b1ae7f34807724b1dd078a7273809bf9d0792319f6"
-    assert sha256(data["x_test"], "<f4") == "30addc43827c82aafa5db8bc97cea63349ca687e87db2f201cc4f5415d9a4ebd"
-    assert sha256(data["y"], "<i8") == "d97dc7aecec8ad6b5d8f143ba3e9c4bd7e25c420d7dfc2eb990591cfc0ed3e15"
-    assert sha256(data["y_test"], "<i8") == "8de99be3ff9dab15ae0dc072c3d6ced7cf6b33d365888ce4a386fc944489452c"
+    assert sha256_of(data["x"], "<f4") == "d53506bddd12d3b72c7153b1ae7f34807724b1dd078a7273809bf9d0792319f6"
+    assert (
+        sha256_of(data["x_test"], "<f4") == "30addc43827c82aafa5db8bc97cea63349ca687e87db2f201cc4f5415d9a4ebd"
+    )
+    assert sha256_of(data["y"], "<i8") == "d97dc7aecec8ad6b5d8f143ba3e9c4bd7e25c420d7dfc2eb990591cfc0ed3e15"
+    assert (
+        sha256_of(data["y_test"], "<i8") == "8de99be3ff9dab15ae0dc072c3d6ced7cf6b33d365888ce4a386fc944489452c"
+    )
 
 
 def test_another_seed_is_what_is_known_of_it():
     data = made(seed=43)
     np.testing.assert_allclose(data["x_test"][0, :3], [0.79027827, 0.81387517, 0.96495485], rtol=0, atol=5e-9)
     assert data["y_test"][:10].tolist() == [8, 9, 7, 8, 3, 6, 6, 2, 7, 5]
+
+
+def test_the_digest_is_of_every_array_that_is_trained_on():
+    data = made()
+    digest = hashlib.sha256()
+    for name in ("x", "y", "x_test", "y_test"):
+        digest.update(data[name].astype("<f4" if name.startswith("x") else "<i8").tobytes())
+    assert mnist1d_gen.sha256(data) == digest.hexdigest()
+    for name in ("x", "y", "x_test", "y_test"):
+        changed = data[name].copy()
+        changed[-1] += 1
+        assert mnist1d_gen.sha256({**data, name: changed}) != digest.hexdigest()
 
 
 # A second implementation, from the published description: slow, and one example at a time
@@ -153,29 +168,29 @@ def slow_dataset(
     final_seq_length=40,
     seed=42,
 ):
-    chance = np.random.RandomState(seed)  # noqa: NPY002 (the historic stream is the point)
+    numbers = np.random.RandomState(seed)  # noqa: NPY002 (the historic stream is the point)
     length, templates, x, y = template_len + padding[1], slow_templates(), [], []
     for label in range(10):
         for _ in range(num_samples // 10):
-            zeros = padding[0] + int(chance.rand() * (padding[1] - padding[0] + 1))
+            zeros = padding[0] + int(numbers.rand() * (padding[1] - padding[0] + 1))
             padded = [height + 1e-8 for height in templates[label]] + [0.0] * zeros
             signal = np.interp(np.linspace(0, 1, length), np.linspace(0, 1, len(padded)), padded)
-            signal = signal * (1 + scale_coeff * (chance.rand() - 0.5))
-            shift = chance.choice(max_translation)
+            signal = signal * (1 + scale_coeff * (numbers.rand() - 0.5))
+            shift = numbers.choice(max_translation)
             if shift:  # x[-0:] would be all of x
                 signal = np.array([*signal[-shift:], *signal[:-shift]])
-            correlated = slow_blur(corr_noise_scale * chance.randn(length))
+            correlated = slow_blur(corr_noise_scale * numbers.randn(length))
             for i in range(length):
                 if signal[i] == 0:
                     signal[i] = correlated[i]
-            signal = signal + iid_noise_scale * chance.randn(length)
-            signal = signal - shear_scale * (chance.rand() - 0.5) * np.linspace(-0.5, 0.5, length)
+            signal = signal + iid_noise_scale * numbers.randn(length)
+            signal = signal - shear_scale * (numbers.rand() - 0.5) * np.linspace(-0.5, 0.5, length)
             x.append(np.interp(np.linspace(0, length - 1, final_seq_length), np.arange(length), signal))
             y.append(label)
-    order = chance.permutation(num_samples)
+    order = numbers.permutation(num_samples)
     x, y = np.array(x)[order], np.array(y)[order]
     if shuffle_seq:
-        x = x[:, chance.permutation(final_seq_length)]
+        x = x[:, numbers.permutation(final_seq_length)]
     mean, sd, n = x.mean(), x.std(), int(num_samples * train_split)
     x, t = (x - mean) / sd, np.linspace(-5 / 6, 5 / 6, final_seq_length) / sd
     arrays = {"x": x[:n], "y": y[:n], "x_test": x[n:], "y_test": y[n:]}
@@ -183,7 +198,6 @@ def slow_dataset(
 
 
 OTHER_ARGUMENTS = [
-    {"num_samples": 1000},
     {"seed": 0},
     {"seed": 2**32 - 1},
     {"shuffle_seq": True},
@@ -211,7 +225,7 @@ OTHER_ARGUMENTS = [
     {"iid_noise_scale": 0.3, "shear_scale": 0},
     {"shear_scale": 4.0},
     {
-        "num_samples": 310,
+        "num_samples": 110,
         "train_split": 0.5,
         "template_len": 13,
         "padding": (7, 38),
@@ -233,7 +247,7 @@ def shown(arguments):
 
 @pytest.mark.parametrize("arguments", OTHER_ARGUMENTS, ids=shown)
 def test_a_second_implementation_agrees(arguments):
-    arguments = {"num_samples": 80, **arguments}
+    arguments = {"num_samples": 40, **arguments}
     ours, slow = mnist1d_gen.make_dataset(**arguments), slow_dataset(**arguments)
     assert sorted(ours) == sorted(slow) == sorted(ARRAYS)
     for name in ARRAYS:
@@ -254,9 +268,7 @@ def test_the_second_implementation_notices_a_difference(monkeypatch):
 
 
 @STREAMS
-@pytest.mark.parametrize(
-    "arguments", [{}, {"num_samples": 990, "train_split": 0.3}, *OTHER_ARGUMENTS[3:28:3]], ids=shown
-)
+@pytest.mark.parametrize("arguments", [{}, *OTHER_ARGUMENTS[5:28:7]], ids=shown)
 def test_shapes_and_scale(arguments, fast):
     arguments = {"num_samples": 200, **arguments}
     data, whole = mnist1d_gen.make_dataset(fast, **arguments), mnist1d_gen.Arguments(**arguments)
@@ -264,25 +276,19 @@ def test_shapes_and_scale(arguments, fast):
     split = int(n * whole.train_split)
     assert data["x"].shape == (split, length) and data["x_test"].shape == (n - split, length)
     assert data["y"].shape == (split,) and data["y_test"].shape == (n - split,)
-    assert data["t"].shape == (length,) and data["templates"].shape == (10, 12)
-    assert (data["templates"][:, 0] == 0).all() and np.abs(data["templates"][:, -1]).max() < 1e-12
-    np.testing.assert_allclose(data["templates"].std(axis=1), 1 / 6)
     x, y = everything(data)
     assert abs(x.mean()) < 1e-12 and abs(x.std() - 1) < 1e-12
     assert np.bincount(y).tolist() == [n // 10] * 10
     assert (np.diff(y) != 0).any(), "the examples are in the order of their classes"
-    np.testing.assert_allclose(np.diff(data["t"]), 2 * data["t"][-1] / (length - 1))
-    assert data["t"][0] == -data["t"][-1]
 
 
 @STREAMS
-@pytest.mark.parametrize("seed", [42, 1])
-@pytest.mark.parametrize("limit, length", [(1, 72), (5, 72), (48, 72), (72, 72), (90, 72), (9, 33)])
-def test_translations_stay_below_their_limit(limit, length, seed, fast):
+@pytest.mark.parametrize("limit, length", [(1, 72), (48, 72), (90, 72), (9, 33)])
+def test_translations_stay_below_their_limit(limit, length, fast):
     """Without noise an example is its class's signal, moved: by each of the shifts below the limit."""
-    arguments = {**QUIET_SIGNAL, "padding": (length - 12,) * 2, "final_seq_length": length, "seed": seed}
-    still = mnist1d_gen.make_dataset(max_translation=1, num_samples=50, **arguments)
-    moved = mnist1d_gen.make_dataset(fast, max_translation=limit, num_samples=2000, **arguments)
+    arguments = {**QUIET_SIGNAL, "padding": (length - 12,) * 2, "final_seq_length": length}
+    still = mnist1d_gen.make_dataset(max_translation=1, num_samples=30, **arguments)
+    moved = mnist1d_gen.make_dataset(fast, max_translation=limit, num_samples=1000, **arguments)
     (x, y), (examples, labels) = everything(still), everything(moved)
     signals = np.stack([x[y == label][0] for label in range(10)])
     assert np.abs(x - signals[y]).max() < 1e-12, "some moved by less than 1"
@@ -309,17 +315,17 @@ def test_a_shuffle_is_one_permutation_of_the_columns(seed, length, fast):
 @STREAMS
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"padding": (10, 30), "seed": 3}, {"padding": (60, 60)}],
-    ids=["default", "short", "long"],
+    [{}, {"padding": (10, 30), "seed": 3}],
+    ids=["default", "short"],
 )
 def test_correlated_noise_only_where_there_is_no_signal(arguments, fast):
     arguments = mnist1d_gen.Arguments(iid_noise_scale=0, shear_scale=0, **arguments)
     arguments = arguments._replace(final_seq_length=arguments.length)  # not resampled: points stay points
     stream = mnist1d_gen.FastStream if fast else mnist1d_gen.HistoricStream
     labels = np.arange(10).repeat(40)
-    chance = stream(arguments.seed).draw(len(labels), arguments)
-    clean = mnist1d_gen.transform(labels, chance, arguments._replace(corr_noise_scale=0))
-    noisy = mnist1d_gen.transform(labels, chance, arguments)
+    samples = stream(arguments.seed).sample(len(labels), arguments)
+    clean = mnist1d_gen.transform(labels, samples, arguments._replace(corr_noise_scale=0))
+    noisy = mnist1d_gen.transform(labels, samples, arguments)
     empty = clean == 0
     assert 0.2 < empty.mean() < 0.95
     np.testing.assert_array_equal(np.abs(noisy - clean) > 1e-12, empty)
@@ -358,37 +364,13 @@ def test_the_fast_stream_has_the_same_statistics_and_other_examples():
     few["max_translation"] = 1  # moved signals hide the rest
     historic = mnist1d_gen.make_dataset(**few)
     assert deviation(historic, mnist1d_gen.make_dataset(True, **few)) < 5
-    others = {
-        "padding": (30, 60),
-        "scale_coeff": 2.0,
-        "corr_noise_scale": 0.32,
-        "iid_noise_scale": 0.1,
-        "shear_scale": 0.9,
-    }
-    for name, value in others.items():  # nor is 5 too much to ask: any one of them is noticed
+    others = {"padding": (30, 60), "iid_noise_scale": 0.1}
+    for name, value in others.items():  # and a difference is noticed
         assert deviation(historic, mnist1d_gen.make_dataset(True, **few, **{name: value})) > 7, name
 
 
 @STREAMS
-def test_what_is_drawn_is_distributed_as_it_says(fast):
-    """All within five standard errors; that of the noise, of 2.9 million numbers, is 0.0006."""
-    n = 20_000
-    arguments = mnist1d_gen.Arguments(max_translation=5)
-    chance = (mnist1d_gen.FastStream if fast else mnist1d_gen.HistoricStream)(3).draw(n, arguments)
-    uniform = np.stack([chance.pad, chance.scale, chance.shear])
-    assert uniform.min() >= 0 and uniform.max() < 1
-    shares = [np.histogram(row, 10, (0, 1))[0] / n for row in uniform]
-    assert np.abs(np.array(shares) - 0.1).max() < 5 * np.sqrt(0.09 / n)
-    assert np.abs(np.bincount(chance.shift) / n - [0.2] * 5).max() < 5 * np.sqrt(0.16 / n)
-    assert chance.noise.shape == (n, 2, 72)
-    assert abs(chance.noise.mean()) < 0.003 and abs(chance.noise.std() - 1) < 0.0025
-    columns = [*uniform, chance.shift, *chance.noise[:, :, :10].reshape(n, -1).T]
-    apart = np.corrcoef(columns) - np.eye(len(columns))
-    assert np.abs(apart).max() < 5 / np.sqrt(n), "what is drawn for an example depends on one another"
-
-
-@STREAMS
-def test_a_seed_is_all_there_is_to_chance(fast):
+def test_a_seed_decides_all_random_numbers(fast):
     np.random.seed(1)  # noqa: NPY002 (of which nothing may depend on it)
     one = mnist1d_gen.make_dataset(fast, num_samples=200)
     np.random.seed(2)  # noqa: NPY002
@@ -409,129 +391,46 @@ def test_arrays_need_no_pytorch_and_no_scipy():
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-# On disk
-
-
-@STREAMS
-def test_what_is_streamed_is_what_is_in_memory(fast, tmp_path):
-    path = tmp_path / "set.npz"
-    expected = made(fast, num_samples=60_000)
-    x, y = mnist1d_gen.write_dataset(path, mnist1d_gen.Arguments(num_samples=60_000), fast)
-    arrays, provenance = read(path)
-    assert_same_bytes(arrays, expected)
-    assert provenance["num_samples"] == 60_000 and provenance["stream"] == mnist1d_gen.STREAMS[fast]
-    assert x.tobytes() == expected["x"][:1000].tobytes() and y.tobytes() == expected["y"][:1000].tobytes()
-    assert [entry.name for entry in tmp_path.iterdir()] == ["set.npz"]
-
-
-@STREAMS
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"num_samples": 10, "train_split": 0.1},
-        {"num_samples": 1010, "train_split": 0.995, "shuffle_seq": True, "padding": (3, 20)},
-        {"num_samples": 3000, "train_split": 1 / 3, "final_seq_length": 5, "seed": 9},
-    ],
-    ids=shown,
-)
-def test_a_file_is_a_function_of_the_arguments(arguments, fast, tmp_path):
-    one, two = tmp_path / "one.npz", tmp_path / "two.npz"
-    for path in (one, two):
-        mnist1d_gen.write_dataset(path, mnist1d_gen.Arguments(**arguments), fast)
-    assert one.read_bytes() == two.read_bytes()
-    with zipfile.ZipFile(one) as archive:  # nor of the time, which is written in steps of two seconds
-        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
-    assert_same_bytes(read(one)[0], mnist1d_gen.make_dataset(fast, **arguments))
-
-
-def test_a_million_examples_in_little_memory(tmp_path):
-    """Measured by a small process, since a child is charged for the memory of the one it is forked from."""
-    flags = ["--num-samples", "1000000", "--fast-rng", "--quiet", "--out", tmp_path]
-    command = [sys.executable, ROOT / "mnist1d_gen.py", *flags]
-    code = (
-        "import resource, subprocess, sys; status = subprocess.run(sys.argv[1:]).returncode\n"
-        "print(status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    )
-    command = [sys.executable, "-c", code, *map(str, command)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        expected = mnist1d_gen.make_dataset(fast_rng=True, num_samples=1_000_000)  # meanwhile
-        expected["x"] = expected["x"][-100_000:].copy()  # to compare the rest would take seconds
-        output, errors = process.communicate(timeout=300)
-    assert errors == ""
-    status, peak = map(int, output.split())
-    assert status == 0
-    path = tmp_path / "mnist1d-num-samples1000000-fast-rng.npz"
-    try:
-        size = path.stat().st_size
-        assert size > 320e6
-        peak *= 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
-        assert peak < 250e6 < size  # 165 MB measured, of which Matplotlib takes some 100
-        with np.load(path, allow_pickle=False) as file:
-            ours = {name: file[name] for name in ("x_test", "y", "y_test")}
-            ours["x"] = file["x"][-100_000:]
-    finally:
-        path.unlink(missing_ok=True)
-    for name, array in ours.items():
-        assert np.array_equal(array, expected[name]), name
-
-
 # In PyTorch
 
 
-@pytest.mark.parametrize(
-    "arguments, sizes",
-    [({}, (4000, 1000)), ({"num_samples": 60, "seed": 1}, (48, 12))],
-    ids=["default", "other"],
-)
-def test_a_dataset_of_pytorch(arguments, sizes):
-    torch = pytest.importorskip("torch")
-    data = made(**arguments)
-    for train, suffix, size in ((True, "", sizes[0]), (False, "_test", sizes[1])):
-        dataset = mnist1d_gen.torch_dataset(train=train, **arguments)
+@STREAMS
+def test_a_dataset_of_pytorch(fast):
+    arguments = {"num_samples": 60, "seed": 1, "shuffle_seq": True}
+    data = made(fast, **arguments)
+    for train, suffix, size in ((True, "", 48), (False, "_test", 12)):
+        dataset = mnist1d_gen.torch_dataset(train=train, fast_rng=fast, **arguments)
         assert isinstance(dataset, torch.utils.data.Dataset) and len(dataset) == size
-        signal, label = dataset[3]
-        assert (signal.dtype, signal.shape) == (torch.float32, (40,))
-        assert (label.dtype, label.shape) == (torch.int64, ())
-        batches = list(torch.utils.data.DataLoader(dataset, batch_size=100))
-        assert batches[0][0].shape == (min(100, size), 40) and batches[0][0].dtype == torch.float32
+        batches = list(torch.utils.data.DataLoader(dataset, batch_size=10))
+        assert batches[0][0].shape == (10, 40) and batches[0][0].dtype == torch.float32
         x, y = (torch.cat(parts).numpy() for parts in zip(*batches))
         np.testing.assert_array_equal(x, data[f"x{suffix}"].astype(np.float32))
         np.testing.assert_array_equal(y, data[f"y{suffix}"])
 
 
-def test_a_dataset_of_pytorch_from_the_fast_stream():
-    dataset = mnist1d_gen.torch_dataset(fast_rng=True, num_samples=50, shuffle_seq=True)
-    expected = mnist1d_gen.make_dataset(fast_rng=True, num_samples=50, shuffle_seq=True)
-    np.testing.assert_array_equal(dataset.tensors[0], expected["x"].astype(np.float32))
-
-
 # The script
 
-
-def test_the_script_writes_the_published_set_and_a_picture(tmp_path):
-    done = run_script("mnist1d_gen.py", "--out", tmp_path / "new" / "folder")  # from another directory
-    assert (done.returncode, done.stderr) == (0, "")
-    written = re.findall(r"^(/.*?\.(?:npz|png)):", done.stdout, re.MULTILINE)
-    folder = tmp_path / "new" / "folder"
-    assert written == [f"{folder}/mnist1d.npz", f"{folder}/mnist1d.png"]
-    assert sorted(str(path) for path in folder.iterdir()) == written
-    assert "4,000 examples to train on, 1,000 to test on" in done.stdout
-    assert "published" in done.stdout and "seed 42" in done.stdout and "fast-rng" not in done.stdout
-    assert (folder / "mnist1d.png").read_bytes().startswith(b"\x89PNG")
-    arrays, provenance = read(folder / "mnist1d.npz")
-    assert_same_bytes(arrays, made())
-    defaults = mnist1d_gen.Arguments()._asdict()
-    stream = {"stream": "NumPy's legacy stream, as the published set", "numpy": np.__version__}
-    assert provenance == {**defaults, "padding": [36, 60], **stream}
+FEW = ["--num-samples", "40"]
 
 
 @pytest.fixture
 def no_picture(monkeypatch):
-    """Where it is not looked at, since it takes longer than the set."""
+    """Where the picture is not looked at: it takes longer than the set."""
     monkeypatch.setattr(mnist1d_gen, "draw_picture", lambda *_: None)
 
 
-FEW = ["--num-samples", "40"]
+def test_the_script_writes_the_published_set_and_a_picture(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    done = run_script("mnist1d_gen.py", "--out", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(path.name for path in folder.iterdir()) == ["mnist1d.npz", "mnist1d.png"]
+    assert f"{folder}/mnist1d.npz: 4,000 training and 1,000 test examples" in done.stdout
+    assert "published" in done.stdout and "seed 42" in done.stdout and "fast-rng" not in done.stdout
+    assert (folder / "mnist1d.png").read_bytes().startswith(b"\x89PNG")
+    arrays, provenance = read(folder / "mnist1d.npz")
+    assert_same_bytes(arrays, made())
+    stream = {"stream": "NumPy's legacy stream, as the published set", "numpy": np.__version__}
+    assert provenance == {**mnist1d_gen.Arguments()._asdict(), "padding": [36, 60], **stream}
 
 
 @STREAMS
@@ -578,32 +477,37 @@ def test_a_flag_of_its_default_value_changes_nothing(no_picture, tmp_path):
     assert_same_bytes(read(tmp_path / "mnist1d.npz")[0], made())
 
 
-def test_without_out_the_folder_is_that_of_the_repository(no_picture, tmp_path, monkeypatch):
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+def test_the_same_flags_write_the_same_bytes(no_picture, tmp_path, capsys):
+    for out in "ab":
+        flags = [*FEW, "--shuffle-seq", "--quiet", "--out", str(tmp_path / out)]
+        assert mnist1d_gen.main(flags) == 0
+    assert capsys.readouterr().out == ""
+    one, two = (tmp_path / out / "mnist1d-num-samples40-shuffle-seq.npz" for out in "ab")
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_without_out_the_folder_is_data(no_picture, tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "ROOT", tmp_path)
     assert mnist1d_gen.main([*FEW, "--quiet"]) == 0
     assert (tmp_path / "data" / "mnist1d-num-samples40.npz").exists()
-    assert mnist1d_gen.main([*FEW, "--quiet", "--out", "inside"]) == 0  # a relative one is a matter of where
-    assert (tmp_path / "elsewhere" / "inside" / "mnist1d-num-samples40.npz").exists()
 
 
-def test_quiet_prints_nothing_and_neither_hash_seed_nor_locale_matter(tmp_path):
-    sets = set()
-    for environment in ({"PYTHONHASHSEED": "0", "LC_ALL": "C"}, {"PYTHONHASHSEED": "3", "TZ": "Asia/Tokyo"}):
-        done = run_script(
-            "mnist1d_gen.py", *FEW, "--shuffle-seq", "--quiet", "--out", tmp_path, **environment
-        )
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-        sets.add((tmp_path / "mnist1d-num-samples40-shuffle-seq.npz").read_bytes())
-    assert len(sets) == 1
+@pytest.mark.quick
+def test_help_shows_every_flag_and_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        mnist1d_gen.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for name, usual in mnist1d_gen.Arguments()._asdict().items():
+        shown = {"padding": "36 60", "shuffle_seq": "no"}.get(name, usual)
+        assert f"--{name.replace('_', '-')} " in text
+        assert f"{mnist1d_gen.HELP[name]} (default: {shown})" in text
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--num-samples", "10"],  # no class has two examples to train on
-        ["--num-samples", "10", "--train-split", "0.1"],  # and nine of them not even one
+        ["--num-samples", "10", "--train-split", "0.1"],  # most classes have no training example
         ["--shuffle-seq", "--final-seq-length", "2", "--padding", "0", "0", "--max-translation", "500"],
     ],
     ids=" ".join,
@@ -663,6 +567,7 @@ BAD_FLAGS = [
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("flags", BAD_FLAGS)
 def test_arguments_that_cannot_be(flags, tmp_path, capsys):
     status = None
@@ -672,124 +577,49 @@ def test_arguments_that_cannot_be(flags, tmp_path, capsys):
         status = stop.code
     assert status == 2
     output = capsys.readouterr()
-    one_sentence(output.err, "mnist1d_gen.py: ", flags.split()[0])
+    one_sentence(output.err, "mnist1d_gen", flags.split()[0])
     assert output.out == "" and list(tmp_path.iterdir()) == []
 
 
-BAD_ARGUMENTS = [
-    {"num_samples": 5005},
-    {"num_samples": 0},
-    {"num_samples": -10},
-    {"train_split": 0},
-    {"train_split": 1},
-    {"train_split": 1.5},
-    {"train_split": np.nan},
-    {"train_split": 0.0001},
-    {"train_split": 0.05, "num_samples": 10},
-    {"padding": (3, 1)},
-    {"padding": (-1, 5)},
-    {"padding": (0, 5), "template_len": 1},
-    {"final_seq_length": 1},
-    {"max_translation": 0},
-    {"seed": -1},
-    {"seed": 2**32},
-    {"template_len": 1_000_000},
-    *(
-        {name: value}
-        for name in ("scale_coeff", "corr_noise_scale", "iid_noise_scale", "shear_scale")
-        for value in (-0.1, np.nan, np.inf)
-    ),
-]
-
-
-@pytest.mark.parametrize("arguments", BAD_ARGUMENTS, ids=shown)
-def test_arguments_that_cannot_be_from_python(arguments, tmp_path):
-    flag = f"--{next(iter(arguments)).replace('_', '-')}"
-    for fast in (False, True):
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "arguments",
+    [{"num_samples": 5005}, {"padding": (3, 1)}, {"train_split": np.nan}, {"seed": 2**32}],
+    ids=shown,
+)
+def test_arguments_that_cannot_be_from_python(arguments):
+    for make in (mnist1d_gen.make_dataset, mnist1d_gen.torch_dataset):
         with pytest.raises(utils.BadRequest) as error:
-            mnist1d_gen.make_dataset(fast, **arguments)
-        one_sentence(str(error.value), flag)
-    with pytest.raises(utils.BadRequest) as error:
-        mnist1d_gen.write_dataset(tmp_path / "set.npz", mnist1d_gen.Arguments(**arguments))
-    one_sentence(str(error.value), flag)
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(utils.BadRequest):
-        mnist1d_gen.torch_dataset(**arguments)
+            make(**arguments)
+        one_sentence(str(error.value), f"--{next(iter(arguments)).replace('_', '-')}")
 
 
-# Faults
+@pytest.mark.quick
+def test_signals_that_do_not_vary():
+    with pytest.raises(utils.BadRequest, match="vary"):
+        mnist1d_gen.make_dataset(
+            num_samples=10, padding=(0, 0), max_translation=1, final_seq_length=2, **QUIET_SIGNAL
+        )
 
 
 @pytest.mark.parametrize("inside", ["", "sub"])
 def test_an_out_that_cannot_be_a_folder(inside, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / inside
-    assert mnist1d_gen.main(["--out", str(out)]) == 2
-    one_sentence(capsys.readouterr().err, "--out", out)
+    try:
+        status = mnist1d_gen.main([*FEW, "--out", str(out)])
+    except SystemExit as stop:  # of argparse
+        status = stop.code
+    assert status in (1, 2)
+    one_sentence(capsys.readouterr().err, out)
     assert (tmp_path / "file").read_text() == ""
 
 
-@pytest.mark.parametrize(
-    "size_bytes, named",
-    [(100_000, "cannot hold the examples"), (5000 * 40 * 8 + 2000, "mnist1d.npz could not be written")],
-    ids=["as they are drawn", "as they are written"],
-)
-def test_a_full_disk_leaves_the_old_file(size_bytes, named, tmp_path):
-    """The examples, unordered, are 44 kB less than the file of them, which holds their labels too."""
+def test_a_full_disk_leaves_the_old_file(tmp_path):
     (tmp_path / "mnist1d.npz").write_bytes(b"earlier")
-    small = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size_bytes, size_bytes))
+    small = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
     done = run_script("mnist1d_gen.py", "--out", tmp_path, limit=small)
     assert (done.returncode, done.stdout) == (1, "")
-    one_sentence(done.stderr, tmp_path, named, "make room")
+    one_sentence(done.stderr, tmp_path, "mnist1d.npz could not be written", "make room")
     assert (tmp_path / "mnist1d.npz").read_bytes() == b"earlier"
     assert [entry.name for entry in tmp_path.iterdir()] == ["mnist1d.npz"]
-
-
-def test_a_disk_that_is_full_after_the_set(tmp_path):
-    small = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (50_000, 50_000))
-    done = run_script("mnist1d_gen.py", *FEW, "--out", tmp_path, limit=small)
-    assert done.returncode == 1
-    one_sentence(done.stderr, tmp_path / "mnist1d-num-samples40.png")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["mnist1d-num-samples40.npz"]
-    assert len(read(tmp_path / "mnist1d-num-samples40.npz")[0]["y"]) == 32
-
-
-def test_control_c_while_they_are_drawn(tmp_path):
-    out = tmp_path / "out"
-    process = start_script("mnist1d_gen.py", "--num-samples", "1000000", "--out", out)
-    try:
-        while not out.exists():  # from then on it draws, for ten seconds
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, output) == (130, "")
-    one_sentence(errors, "interrupted")
-    assert list(out.iterdir()) == []
-
-
-def test_control_c_while_they_are_written(no_picture, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "mnist1d-num-samples40.npz"
-    path.write_bytes(b"earlier")
-    during = []
-
-    def interrupted(*_):
-        during.extend(tmp_path.iterdir())
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", interrupted)
-    with contextlib.chdir(tmp_path):
-        assert mnist1d_gen.main([*FEW, "--out", "."]) == 130
-    one_sentence(capsys.readouterr().err, "interrupted")
-    assert len(during) == 2, "the file was not being written"
-    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"earlier"
-
-
-def test_an_output_that_cannot_be_written(tmp_path):
-    command = f"{sys.executable} {ROOT / 'mnist1d_gen.py'} --num-samples 40 --out {tmp_path} > /dev/full"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    one_sentence(done.stderr, "its output", "No space left")
