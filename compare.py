@@ -1,6 +1,6 @@
 """Holds the runs in results/ against the published numbers in reference/.
 
-    python compare.py                    # one line for each published row
+    python compare.py                    # one line for each published row, and what no run answers yet
     python compare.py usps-recovered     # one run in full (a name as --runs lists it, or a path)
     python compare.py --all              # every number of every row
     python compare.py --diff             # published eval lines as -, ours as +
@@ -9,19 +9,19 @@
     python compare.py --markdown         # writes the tables of README.md and of the pages in results/
     python compare.py --check            # exit status 1 where something has changed
 
-A published row is held only against runs of exactly the full config that its `run` stands for. A number is inside
-or outside the interval that holds one more of our seeds with a probability of 95% (Student's t), so of twenty
-numbers that are reproduced, one lies outside. Where the source gives its own standard deviation, the two means are
-compared instead (Welch's t). Further rules:
+A published row is held only against runs of exactly the full config that its `run` stands for. A number is
+inside or outside the interval that holds one more of our seeds with a probability of 95% (Student's t), so of
+twenty numbers that are reproduced, one lies outside. Where the source gives its own standard deviation over
+several runs, the interval is that of the mean of so many (Welch's t). Further rules:
 - From fewer than five seeds nothing is concluded.
-- A seed that is the published run itself (the same weights and digits) is shown, but does not count as a seed.
-- A seed that failed to learn some class is reported by itself and does not widen the interval. It has failed if
-  its final training error is above 5% (a class is 7% of the digits or more) and above 3 times the median seed's.
-- Of a misprinted number the correction is taken, or none. Error is left out where misses say the same.
+- A seed that is the published run itself (same weights, same digits) is shown and does not count.
+- A seed that failed to learn some class is reported by itself, and does not count either. It has failed if its
+  final training error is above 5% (a class is 7% of the digits or more) and above 3 times the median seed's.
+- Of a misprinted number the correction is taken, or none. Where misses are held, error is not.
 - Digits that are procedural, or not the genuine ones, are held against no paper.
 
-`outside, as expected` is said where reference/ gives a reason. These reasons were written after the runs, so
---check tells whether anything has changed since then; it does not test that the papers are reproduced.
+"outside, as expected" means that reference/ gives a reason. These reasons were written after the runs: --check
+tells whether anything has changed since, and does not test that the papers are reproduced.
 """
 
 import csv
@@ -38,65 +38,59 @@ from pathlib import Path
 from typing import NamedTuple
 
 import utils
-from records import run as runs_module
+from records import run as run_files
 from records import tables
 
 SOURCES = ("lecun1989", "karpathy2022", "mnist1d", "ff", "recipe", "myths")
-# The keys of a row that are not published numbers (reference/lecun1989.toml says what they are).
-KEYS = {
-    "title",
-    "where",
-    "run",
-    "runs",
-    "differs",
-    "same_seed",
-    "squared_error",
-    "printed_to",
-    "sd_seeds",
-    "page",
-}
-KEYS |= {"context", "claim"}
+# The keys of a row that are no published numbers; reference/lecun1989.toml says what they are.
+KEYS = set(
+    "title where run runs differs same_seed squared_error printed_to sd_seeds page context claim".split()
+)
 HEADLINES = ("test_misses", "test_error", "test_accuracy", "rejected")  # the first of these stands for a row
 FEWEST = 5  # seeds from which something is concluded
 INSIDE, OUTSIDE, EXPECTED = "inside", "outside", "outside, as expected"
 FEW, SAME, MISPRINTED = "too few seeds", "same realisation", "misprinted"
 
-# The rows of README.md's table: what was reproduced, the published rows (and which reading of each), the command, the page.
+# The rows of README.md's table: the claim, the published rows (and which reading of each), command and page
+MODELS = ("logistic", "mlp", "cnn", "gru")
 CLAIMS = (
-    ("LeCun 1989: the result, settings fitted to it", ["lecun1989.result:0"],
+    ("LeCun 1989, the result: settings fitted to it", ["lecun1989.result:0"],
      "repro.py --data usps --preset recovered", "repro"),
-    ("LeCun 1989: the result, paper as written", ["lecun1989.result:1"],
+    ("LeCun 1989, the result: the paper as written", ["lecun1989.result:1"],
      "repro.py --data usps --preset literal", "repro"),
-    ("LeCun 1989: the result, Karpathy's reading", ["lecun1989.result:2"],
-     "repro.py --data usps", "repro"),
-    ("LeCun 1989: rejections for 1% error, fitted settings", ["lecun1989.rejection:0"],
+    ("LeCun 1989, the result: Karpathy's reading", ["lecun1989.result:2"], "repro.py --data usps", "repro"),
+    ("LeCun 1989, rejections: fitted settings", ["lecun1989.rejection:0"],
      "repro.py --data usps --preset recovered", "repro"),
-    ("LeCun 1989: one hidden layer of 40", ["lecun1989.fully-connected"],
+    ("LeCun 1989, one hidden layer of 40", ["lecun1989.fully-connected:0"],
      "-m studies.other_networks_1989", "other_networks_1989"),
-    ("Karpathy 2022: repro.py on MNIST", ["karpathy2022.repro"], "repro.py", "repro"),
-    ("The same on the other draw of MNIST", ["karpathy2022.repro-train-first"],
+    ("Karpathy 2022, repro.py", ["karpathy2022.repro:0"], "repro.py", "repro"),
+    ("chenyuxyz 2022, the other draw of MNIST", ["karpathy2022.repro-train-first:0"],
      "repro.py --draw train-first", "repro"),
-    ("Karpathy 2022: changes 1, 2, 3, 4", [f"karpathy2022.{key}" for key in ("softmax", "adamw", "shift", "dropout")],
+    ("Karpathy 2022, changes 1 / 2 / 3 / 4",
+     [f"karpathy2022.{key}:0" for key in ("softmax", "adamw", "shift", "dropout")],
      "modern.py --change all", "modern"),
-    ("Karpathy 2022: 50,000 digits, before and after the changes",
-     ["karpathy2022.more-data-1989", "karpathy2022.more-data-modern"],
+    ("Karpathy 2022, 50,000 digits: change 0 / 4",
+     ["karpathy2022.more-data-1989:0", "karpathy2022.more-data-modern:0"],
      "modern.py --train-size 50000 --passes 100", "modern"),
-    ("MNIST-1D: logistic, MLP, CNN, GRU", [f"mnist1d.{model}:0" for model in ("logistic", "mlp", "cnn", "gru")],
+    ("MNIST-1D, logistic / MLP / CNN / GRU", [f"mnist1d.{model}:0" for model in MODELS],
      "-m studies.spatial_priors", "spatial_priors"),
-    ("MNIST-1D, shuffled: logistic, MLP, CNN, GRU",
-     [f"mnist1d.{model}-shuffled:0" for model in ("logistic", "mlp", "cnn", "gru")],
+    ("MNIST-1D, the same shuffled", [f"mnist1d.{model}-shuffled:0" for model in MODELS],
      "-m studies.spatial_priors", "spatial_priors"),
-    ("Hinton 2022: supervised, 4x2000", ["ff.supervised:0"], "forward_forward.py --preset hinton", "forward_forward"),
-    ("Hinton 2022: supervised with jitter; ours is smaller", ["ff.supervised-jitter:3"],
-     "forward_forward.py --width 1000 --passes 260 --jitter 2", "forward_forward"),
-    ("Hinton 2022: unsupervised; ours is smaller", ["ff.unsupervised"], "-m studies.ff_unsupervised", "ff_unsupervised"),
-    ("Hinton 2022: local receptive fields; ours is shorter", ["ff.local"], "-m studies.ff_unsupervised", "ff_unsupervised"),
-    ("Hinton 2022: recurrent; ours is smaller", ["ff.recurrent"], "-m studies.ff_recurrent", "ff_recurrent"),
-    ("Neoflex 2023: Forward-Forward in batches of 10,000", ["ff.article"], "-m studies.ff_article", "ff_article"),
+    ("Hinton 2022, supervised, 4x2000", ["ff.supervised:0"],
+     "forward_forward.py --preset hinton", "forward_forward"),
+    ("Hinton 2022, supervised with jitter (ours is smaller)", ["ff.supervised-jitter:3"],
+     "forward_forward.py --width 1000 --passes 260 --jitter 2 --parts 2", "forward_forward"),
+    ("Hinton 2022, unsupervised (ours is smaller)", ["ff.unsupervised:1"],
+     "-m studies.ff_unsupervised", "ff_unsupervised"),
+    ("Hinton 2022, local receptive fields (ours is shorter)", ["ff.local:1"],
+     "-m studies.ff_unsupervised", "ff_unsupervised"),
+    ("Hinton 2022, recurrent (ours is smaller)", ["ff.recurrent:1"],
+     "-m studies.ff_recurrent", "ff_recurrent"),
+    ("Neoflex 2023, batches of 10,000", ["ff.article:1"], "-m studies.ff_article", "ff_article"),
 )  # fmt: skip
 
 
-# Matching rows and runs
+# Rows, runs, and which belong together
 
 
 class Comparison(NamedTuple):
@@ -111,26 +105,27 @@ class Comparison(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """A published row, read in one of its ways, and the runs of that config: that of most seeds comes first."""
+    """A published row, read in one of its ways, and all runs of the config that it stands for."""
 
     name: str  # such as lecun1989.result
     row: dict
     number: int  # of the reading, from 0
-    script: str | None  # None: no run is meant to answer it yet
+    script: str | None  # None: nothing here answers it yet
     config: dict | None
-    runs: list
+    runs: list  # that of most seeds first
 
 
 @functools.cache
 def _resolve(wanted):
-    wanted = json.loads(wanted)
-    name = wanted.pop("script")
+    arguments = json.loads(wanted)
+    name = arguments.pop("script")
     try:
         script = importlib.import_module(name)
-        config = script.CONFIGS[wanted["config"]] if "config" in wanted else script.make_config(**wanted)
+        study = "config" in arguments
+        config = script.CONFIGS[arguments["config"]] if study else script.make_config(**arguments)
     except (ImportError, AttributeError, LookupError, TypeError) as error:
-        what = f"{name} {json.dumps(wanted)}"
-        raise utils.BadRequest(f"reference/ names a run that does not exist, {what} ({error})") from error
+        what = f"reference/ names a run that does not exist, {name} {arguments} ({error})"
+        raise utils.BadRequest(f"{what}: correct its row") from error
     config = config._asdict() if hasattr(config, "_asdict") else config
     return name.removeprefix("studies."), json.loads(json.dumps(config))
 
@@ -140,74 +135,65 @@ def resolve(wanted):
     return _resolve(json.dumps(wanted))
 
 
-def published_rows():
-    """(name, row) of every published row, such as ("lecun1989.result", {...}), those about sizes left out."""
+def identity(script, config):
+    """What two runs have in common that differ in nothing that decides the result."""
+    return script.removeprefix("studies."), json.dumps(config, sort_keys=True)
+
+
+def read_readings(runs):
+    """The Readings of all published rows; of the runs, each has those of exactly its config."""
+    found, readings = {}, []
+    for run in sorted(runs, key=lambda run: (-len(run.records), run.path.name)):
+        if not wrong_data(run):
+            found.setdefault(identity(run.script, run.config), []).append(run)
     for source in SOURCES:
         rows = utils.reference(source)
         if not rows:
             raise utils.BadRequest(f"reference/{source}.toml holds no rows: restore it from git")
-        yield from ((f"{source}.{key}", row) for key, row in rows.items() if key not in ("sizes", "hardware"))
-
-
-def read_readings(runs):
-    """The Readings of all published rows, with those of the runs that are of their configs."""
-    found = {}
-    for run in runs:
-        found.setdefault(
-            (run.script.removeprefix("studies."), json.dumps(run.config, sort_keys=True)), []
-        ).append(run)
-    readings = []
-    for name, row in published_rows():
-        for number, own in enumerate(row.get("runs", [{}])):
-            one = {key: value for key, value in row.items() if key != "runs"} | own
-            script, config = resolve(one["run"]) if "run" in one else (None, None)
-            alike = found.get((script, json.dumps(config, sort_keys=True)), [])
-            alike = [run for run in alike if not wrong_data(run)]
-            alike = sorted(alike, key=lambda run: (-len(run.records), run.path.name))
-            readings.append(Reading(name, one, number, script, config, alike))
-    return readings
+        for key, row in rows.items():
+            for number, own in enumerate(row.get("runs", [{}])):
+                one = {name: value for name, value in row.items() if name != "runs"} | own
+                where = resolve(one["run"]) if "run" in one else (None, None)
+                held = found.get(identity(*where), []) if "run" in one else []
+                readings.append(Reading(f"{source}.{key}", one, number, *where, held))
+    return [reading for reading in readings if reading.name.split(".")[1] not in ("sizes", "hardware")]
 
 
 def wrong_data(run):
     """Why the data of a run are no paper's, in a few words; None where they may be."""
-    config = run.config
+    config, genuine = run.config, utils.reference("datasets")
     if config.get("data") == "strokes":
         return "its digits are procedural"
-    words = [config.get("data"), config.get("draw")]
-    words += [config["train_size"]] if config.get("train_size", 7291) != 7291 else []
-    name = "-".join(str(word) for word in words if word)
-    genuine = utils.reference("datasets")
+    size = config.get("train_size", 7291)
+    words = [config.get("data"), config.get("draw"), str(size) if size != 7291 else None]
+    name = "-".join(word for word in words if word)
     exact, rounded = genuine["built"].get(name), genuine["built_on_x86"].get(name)
     systems = [session.get("system") or "" for session in run.sessions]
     elsewhere = rounded and systems and not any("x86" in system or "AMD64" in system for system in systems)
     if run.data_sha256 in (exact, rounded) or not (exact or rounded) or elsewhere:
         return None
-    return f"its digits are not the genuine {name} (data_sha256)"
+    return f"its data_sha256 is not that of the genuine {name}"
 
 
 def read_results(folder):
-    """The runs in folder/*/*.jsonl by path, and a sentence for each that is damaged. Smoke runs are passed over."""
+    """The runs in folder/*/*.jsonl, and a sentence for each that is damaged. Smoke runs are passed over."""
     runs, damaged = [], []
-    for path in sorted(Path(folder).glob("*/*.jsonl")):
-        if path.parent.name != "smoke":
-            try:
-                runs.append(read_run(path))
-            except utils.BadRequest as error:
-                damaged.append(str(error))
+    for path in sorted(path for path in Path(folder).glob("*/*.jsonl") if path.parent.name != "smoke"):
+        try:
+            runs.append(read_run(path))
+        except utils.BadRequest as error:
+            damaged.append(str(error))
     return runs, damaged
 
 
 def read_run(path):
-    """A Run, all of whose seeds are complete. BadRequest where it is damaged."""
-    run = runs_module.read_run(path)
+    """The Run in a file, all of whose seeds are complete. BadRequest where it is damaged."""
+    run = run_files.read_run(path)
     try:
         if not run.records:
             raise ValueError("it holds no seed")
-        splits = {seed: {record.get("split") for record in records} for seed, records in run.records.items()}
         for seed, records in run.records.items():
             last, passes = records[-1], run.config.get("passes")
-            if splits[seed] != splits[min(splits)]:
-                raise ValueError(f"seed {seed} lacks a split")
             if isinstance(passes, int) and last.get("pass", passes) != passes:
                 raise ValueError(f"seed {seed} ends at pass {last['pass']} of {passes}")
             for key in ("loss", "error", "misses", "n", "rejected"):
@@ -222,7 +208,7 @@ def read_run(path):
 
 
 def failed_seeds(run):
-    """seed -> final training error of the seeds that failed to learn a class (see the docstring above)."""
+    """seed -> final training error, of the seeds that failed to learn a class (by the rule above)."""
     final = run.final("train") or run.final("test")
     errors = {record["seed"]: record["error"] for record in final if "error" in record}
     bound = max(5, 3 * statistics.median(errors.values())) if errors else 0
@@ -230,100 +216,97 @@ def failed_seeds(run):
 
 
 def numbers(row):
-    """The published numbers of a row: quantity -> number, text, list or table."""
-    return {key: value for key, value in row.items() if key not in KEYS and not key.endswith("_sd")}
+    """The published numbers of a row: quantity -> a number, text, list or table."""
+    return {key: entry for key, entry in row.items() if key not in KEYS and not key.endswith("_sd")}
 
 
 def values(row, run, quantity):
-    """seed -> our value of a published quantity; empty where the run's final records do not have it."""
+    """seed -> our value of a published quantity; empty where the final records do not have it."""
     split, _, name = quantity.partition("_")
     split, name = (split, name) if split in ("train", "test") else ("test", quantity)
+    half = name == "loss" and row.get("squared_error") == "half"
     ours = {}
     for record in run.final(split):
         if name == "accuracy" and "misses" in record:
             ours[record["seed"]] = 100 * (record["n"] - record["misses"]) / record["n"]
         elif name in record:
-            half = name == "loss" and row.get("squared_error") == "half"
             ours[record["seed"]] = record[name] / 2 if half else record[name]
     return ours
 
 
 def compare(row, run):
     """A Comparison for every number that the row and the run have."""
-    excluded, comparisons = {row.get("same_seed"), *failed_seeds(run)}, []
+    same, failed, comparisons = row.get("same_seed"), failed_seeds(run), []
     for quantity, entry in numbers(row).items():
-        ours = values(row, run, quantity)
-        same = quantity.replace("error", "misses")
-        covered = same != quantity and tables.published(row.get(same)) is not None and values(row, run, same)
-        if ours and not covered:
-            kept = [value for seed, value in ours.items() if seed not in excluded]
+        ours, published = values(row, run, quantity), tables.published(entry)
+        misses = quantity.removesuffix("error") + "misses"
+        if quantity.endswith("error") and tables.published(row.get(misses)) is not None:
+            ours = {} if values(row, run, misses) else ours
+        counted = [value for seed, value in ours.items() if seed != same and seed not in failed]
+        if counted:
             expected = quantity in row.get("differs", {}).get("numbers", [])
             spread = row.get(f"{quantity}_sd"), row.get("sd_seeds")
-            published = tables.published(entry)
-            if not kept and row.get("same_seed") in ours:
-                comparisons.append(
-                    Comparison(quantity, published, [ours[row["same_seed"]]], None, None, SAME)
-                )
-            else:
-                judged = judge(published, kept, expected, row.get("printed_to", 0), *spread)
-                comparisons.append(Comparison(quantity, published, kept, *judged))
+            judged = judge(published, counted, expected, row.get("printed_to", 0), *spread)
+            comparisons.append(Comparison(quantity, published, counted, *judged))
+        elif same in ours:
+            comparisons.append(Comparison(quantity, published, [ours[same]], None, None, SAME))
     return comparisons
 
 
 def judge(published, ours, expected=False, printed_to=0, sd=None, sd_seeds=None):
     """(low, high, verdict): is `published`, printed to that place, inside the 95% interval of `ours`?
 
-    The interval holds one more value like ours; or, where `published` is itself the mean of `sd_seeds` values
-    with the standard deviation `sd`, such a mean.
+    The interval is that of one more value like ours; or, where `published` is the mean of `sd_seeds` values
+    with the standard deviation `sd`, of such a mean.
     """
     if len(ours) < FEWEST:
         return None, None, FEW if published is not None else MISPRINTED
-    low, high = tables.mean_interval(ours, sd, sd_seeds) if sd else tables.prediction_interval(ours)
+    low, high = tables.mean_interval(ours, sd, sd_seeds) if sd_seeds else tables.prediction_interval(ours)
     if published is None:
         return low, high, MISPRINTED
     room = printed_to / 2 + 1e-9
-    if low - room <= published <= high + room:
-        return low, high, INSIDE
-    return low, high, EXPECTED if expected else OUTSIDE
+    inside = low - room <= published <= high + room
+    return low, high, INSIDE if inside else EXPECTED if expected else OUTSIDE
 
 
 def headline(comparisons):
-    """The comparison that stands for a row."""
-    found = {
-        comparison.quantity: comparison for comparison in comparisons if comparison.published is not None
-    }
-    return next((found[name] for name in HEADLINES if name in found), next(iter(found.values()), None))
+    """The comparison that stands for a row, or None."""
+    found = {each.quantity: each for each in comparisons if each.published is not None}
+    return next((found[name] for name in (*HEADLINES, *found) if name in found), None)
+
+
+def tally(comparisons):
+    """(inside, judged): of how many numbers something can be concluded, and how many of these lie inside."""
+    verdicts = [each.verdict for each in comparisons]
+    return verdicts.count(INSIDE), sum(verdict in (INSIDE, OUTSIDE, EXPECTED) for verdict in verdicts)
 
 
 def joint(readings):
-    """How many published results are better than our means, by source: source -> (better, compared).
+    """source -> (better, compared): how many of its published test results are better than our means.
 
-    One number stands for each row, in its first reading, unless we expect it to differ.
+    One number stands for each row, in its first reading, unless it is expected to differ.
     """
     counts = {}
     for reading in readings:
-        found = (
-            headline(compare(reading.row, reading.runs[0])) if reading.runs and reading.number == 0 else None
-        )
-        if found and found.verdict in (INSIDE, OUTSIDE) and found.published != statistics.fmean(found.ours):
-            better = (found.published < statistics.fmean(found.ours)) != found.quantity.endswith("accuracy")
+        found = headline(compare(reading.row, reading.runs[0])) if reading.runs else None
+        if found and reading.number == 0 and found.verdict in (INSIDE, OUTSIDE):
+            above = found.published > statistics.fmean(found.ours)
             source = reading.name.split(".")[0]
-            old = counts.get(source, (0, 0))
-            counts[source] = old[0] + better, old[1] + 1
+            better, compared = counts.get(source, (0, 0))
+            counts[source] = better + (above == found.quantity.endswith("accuracy")), compared + 1
     return counts
 
 
-def joint_line(readings):
-    """The last line: do the published results lie below or above ours, taken together?"""
+def joint_lines(readings):
+    """Do the published results lie on one side of ours, taken together?"""
     counts = joint(readings)
     if not counts:
-        return "No published result is held against five seeds or more."
-    better, total = (sum(column) for column in zip(*counts.values()))
+        return ["No published test result is held against five seeds or more."]
+    better, compared = (sum(column) for column in zip(*counts.values()))
+    p = f"{tables.sign_test(better, compared):.2g}"
     parts = [f"{source} {k} of {n}, p = {tables.sign_test(k, n):.2g}" for source, (k, n) in counts.items()]
-    return (
-        f"Taken together, {better} of {total} published test results are better than our mean (two-sided sign test: "
-        f"p = {tables.sign_test(better, total):.2g}). By source: {'; '.join(parts)}."
-    )
+    line = f"Taken together, {better} of {compared} published test results are better than our mean "
+    return wrap(f"{line}(two-sided sign test: p = {p}). By source: {'; '.join(parts)}.")
 
 
 # What is printed
@@ -331,58 +314,43 @@ def joint_line(readings):
 
 def show(quantity, value):
     """A number in the form of its quantity; what was counted is whole."""
-    if value is None:
-        return "-"
     kind = quantity.split("_")[-1]
-    if isinstance(value, int):
-        return f"{value}%" if kind in ("accuracy", "error") else str(value)
-    if kind == "loss":
-        return f"{value:.2e}"
-    decimals = {"error": 2, "misses": 1, "accuracy": 1, "rejected": 1}.get(kind)
     unit = "%" if kind in ("error", "accuracy", "rejected") else ""
-    return f"{value:.4g}" if decimals is None else f"{value:.{decimals}f}{unit}"
+    if value is None or isinstance(value, int):
+        return "-" if value is None else f"{value}{unit}"
+    form = {"loss": ".2e", "error": ".2f", "misses": ".1f", "accuracy": ".1f", "rejected": ".1f"}
+    return f"{value:{form.get(kind, '.4g')}}{unit}"
 
 
-def spread(comparison):
-    """Our mean ± standard deviation."""
-    quantity, ours = comparison.quantity, comparison.ours
+def cells(row, comparison):
+    """quantity, published, ours, min to max, interval, n, verdict: as text."""
+    quantity, published, ours, low, high, verdict = comparison
+    spread = row.get(f"{quantity}_sd")
+    published = show(quantity, published) + (f" ± {spread}" if spread else "")
     sd = f" ± {show(quantity, float(statistics.stdev(ours)))}" if len(ours) > 1 else ""
-    return f"{show(quantity, float(statistics.fmean(ours)))}{sd}"
+    mean, ends = show(quantity, float(statistics.fmean(ours))), f"{show(quantity, min(ours))} to "
+    interval = "-" if low is None else f"{show(quantity, low)} to {show(quantity, high)}"
+    ends += show(quantity, max(ours))
+    return quantity.replace("_", " "), published, mean + sd, ends, interval, str(len(ours)), verdict
 
 
-def shown_published(row, comparison):
-    """The published number with its own standard deviation."""
-    sd = row.get(f"{comparison.quantity}_sd")
-    return show(comparison.quantity, comparison.published) + (f" ± {sd}" if sd else "")
-
-
-def tally(comparisons):
-    """(inside, judged): how many of the numbers that something can be concluded of lie inside."""
-    verdicts = [comparison.verdict for comparison in comparisons]
-    return verdicts.count(INSIDE), sum(verdict in (INSIDE, OUTSIDE, EXPECTED) for verdict in verdicts)
-
-
-def remarks(row, run):
-    """Sentences about seeds that do not count."""
-    failed, same, lines = failed_seeds(run), row.get("same_seed"), []
+def remarks(row, run, comparisons):
+    """Sentences on seeds that do not count, and on what was expected."""
+    lines, same = [], row.get("same_seed")
     if same in run.records:
         own = {quantity: values(row, run, quantity).get(same) for quantity in numbers(row)}
-        own = [
-            f"{name.replace('_', ' ')} {show(name, value)}"
-            for name, value in own.items()
-            if value is not None
-        ]
-        lines.append(
-            f"seed {same} is the same realisation as the published run and is left out: {', '.join(own)}"
-        )
-    for seed, error in failed.items():
-        lines.append(f"seed {seed} failed and is left out: {error:.2f}% of the training set is wrong")
+        shown = [f"{name.replace('_', ' ')} {show(name, own[name])}" for name in own if own[name] is not None]
+        lines.append(f"seed {same} is the same realisation as the published run: {', '.join(shown)}")
+    for seed, error in failed_seeds(run).items():
+        lines.append(f"seed {seed} failed and is left out: {error:.2f}% training error")
+    if any(each.verdict == EXPECTED for each in comparisons):
+        lines.append(f"expected outside: {row['differs']['why']}")
     return lines
 
 
-def relative(path):
-    """A path as seen from the repository, where it is inside."""
-    return (path.relative_to(utils.ROOT) if path.is_relative_to(utils.ROOT) else path).as_posix()
+def wrap(line):
+    """A long line as several, cut at spaces alone."""
+    return textwrap.wrap(line, 118, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def short(run):
@@ -392,137 +360,84 @@ def short(run):
 
 def short_table(readings):
     """One line for each published row that has a run, in the first of its readings that has one."""
-    lines = [f"{'published':36}{'number':15}{'published':>12}  {'ours':22}{'n':>4}  {'numbers inside':22}run"]
-    seen = set()
+    form, held = "{:32}{:14}{:>11}  {:16}{:>4}  {:15}{}", {}
     for reading in readings:
-        if not reading.runs or reading.name in seen:
-            continue
-        seen.add(reading.name)
-        run = reading.runs[0]
-        comparisons = compare(reading.row, run)
-        found = headline(comparisons)
-        if not found:
-            continue
+        if reading.runs and compare(reading.row, reading.runs[0]):
+            held.setdefault(reading.name, []).append(reading)
+    lines = [form.format("published row", "number", "published", "ours", "n", "inside", "run")]
+    for name, (first, *others) in held.items():
+        row, run = first.row, first.runs[0]
+        comparisons = compare(row, run)
+        quantity, published, ours, _, _, n, verdict = cells(row, headline(comparisons) or comparisons[0])
         inside, judged = tally(comparisons)
-        says = f"{inside} of {judged}" if judged else found.verdict
-        says += " (see RUN)" * bool(remarks(reading.row, run))
-        others = len({r.number for r in readings if r.name == reading.name and r.runs}) - 1
-        more = f" (and {others} other reading{'s' * (others > 1)})" if others else ""
-        lines.append(
-            f"{reading.name:36}{found.quantity.replace('_', ' '):15}{shown_published(reading.row, found):>12}  "
-            f"{spread(found):22}{len(found.ours):4}  {says:22}{short(run)}{more}"
-        )
+        says = f"{inside} of {judged}" if judged else verdict
+        more = f", and {len(others)} more" if others else ""
+        lines.append(form.format(name, quantity, published, ours, n, says, short(run) + more))
     return lines
 
 
 def full_block(reading, run):
     """Every number of a row beside those of a run."""
-    row = reading.row
-    failed = len(failed_seeds(run))
-    n = f"{len(run.records)} seed{'s' * (len(run.records) > 1)}" + f", {failed} failed" * bool(failed)
-    lines = [f"{row['title']} ({reading.name})", f"  {relative(run.path)}, {n}"]
-    form = "  {:15}{:>12}  {:24}{:24}{:24}{:>4}  {}"
-    lines.append(
-        form.format("number", "published", "ours, mean ± sd", "min to max", "95% interval", "n", "verdict")
-    )
-    for comparison in compare(row, run):
-        quantity, ours = comparison.quantity, comparison.ours
-        ends = f"{show(quantity, min(ours))} to {show(quantity, max(ours))}"
-        interval = "-"
-        if comparison.low is not None:
-            interval = f"{show(quantity, comparison.low)} to {show(quantity, comparison.high)}"
-        published = shown_published(row, comparison)
-        words = quantity.replace("_", " ")
-        lines.append(
-            form.format(words, published, spread(comparison), ends, interval, len(ours), comparison.verdict)
-        )
-    if any(comparison.verdict == EXPECTED for comparison in compare(row, run)):
-        lines.append(f"  expected outside: {row['differs']['why']}")
-    return [*lines, *(f"  {line}" for line in remarks(row, run)), ""]
-
-
-def missing_rows(readings):
-    """The rows that no run answers yet: name -> its row. Those that a page answers, or of others, are left out."""
-    answered = {reading.name for reading in readings if reading.runs}
-    rows = {reading.name: reading.row for reading in readings if reading.name not in answered}
-    return {name: row for name, row in rows.items() if not {"page", "context"} & set(row)}
+    comparisons = compare(reading.row, run)
+    form = "  {:14}{:>12}  {:22}{:22}{:22}{:>4}  {}"
+    head = ("number", "published", "ours, mean ± sd", "min to max", "95% interval", "n", "verdict")
+    lines = [f"{reading.row['title']} ({reading.name}), {short(run)}", form.format(*head)]
+    lines += [form.format(*cells(reading.row, each)) for each in comparisons]
+    return [*lines, *(f"  {line}" for line in remarks(reading.row, run, comparisons)), ""]
 
 
 def missing_lines(readings, in_full=False):
-    """The list of work left: rows without a run, compactly, or with their numbers."""
-    rows = missing_rows(readings)
-    if in_full:
-        lines = [f"no run yet ({len(rows)}):"]
-        for name, row in rows.items():
-            found = [f"{key.replace('_', ' ')} {_plain(value)}" for key, value in numbers(row).items()]
-            found += [row["claim"]] if "claim" in row else []
-            lines.append(f"  {name}: {row['title']}: {'; '.join(found)}")
-        pages = {reading.name: reading.row["page"] for reading in readings if "page" in reading.row}
-        return [*lines, "answered on a page:", *(f"  {name}: {page}" for name, page in pages.items())]
-    by_source = {}
-    for name in rows:
+    """The work left: rows that nothing answers, compactly, or with their numbers."""
+    answered = {
+        reading.name for reading in readings if reading.runs or {"page", "context"} & set(reading.row)
+    }
+    rows = {reading.name: reading.row for reading in readings if reading.name not in answered}
+    lines, by_source = [f"no run yet ({len(rows)}{'' if in_full else '; --all shows their numbers'}):"], {}
+    for name, row in rows.items():
+        entries = {key: tables.published(entry) for key, entry in numbers(row).items()}
+        shown = [f"{key.replace('_', ' ')} {entry}" for key, entry in entries.items()]
+        shown += [row["claim"]] if "claim" in row else []
+        lines += [f"  {name}: {row['title']}: {'; '.join(shown)}"] if in_full else []
         source, key = name.split(".")
         by_source.setdefault(source, []).append(key)
-    lines = [f"no run yet ({len(rows)}; --all shows their numbers):"] if rows else []
-    for source, keys in by_source.items():
-        lines += wrap(f"  {source}: {', '.join(keys)}")
-    return lines
-
-
-def wrap(line):
-    """A long line as several, cut at spaces alone."""
-    return textwrap.wrap(line, 118, subsequent_indent="    ", break_on_hyphens=False)
-
-
-def _plain(value):
-    """A published entry in words."""
-    if isinstance(value, dict):
-        value = value.get("corrected", "misprinted")
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if not in_full:
+        return lines + [
+            part for source in by_source for part in wrap(f"  {source}: {', '.join(by_source[source])}")
+        ]
+    pages = {reading.name: reading.row["page"] for reading in readings if "page" in reading.row}
+    return [*lines, "answered on a page:", *(f"  {name}: {page}" for name, page in pages.items())]
 
 
 def run_in_full(run, readings):
     """What one run is, and everything that it is held against."""
-    commits = sorted({f"{session.get('commit')}"[:7] for session in run.sessions})
-    lines = [
-        f"{relative(run.path)}: {run.script}, {len(run.records)} seeds, trained at {', '.join(commits) or 'unknown'}",
-        *wrap("config: " + json.dumps(run.config)),
-        "",
-    ]
-    if reason := wrong_data(run):
-        return [*lines, f"It is held against no paper: {reason}.", *final_lines(run)]
-    for reading in readings:
-        if any(own.path == run.path for own in reading.runs):
-            lines += full_block(reading, run)
-    if not any(own.path == run.path for reading in readings for own in reading.runs):
-        lines += ["No published number is of exactly this config.", *final_lines(run)]
-    return lines
-
-
-def final_lines(run):
-    """Mean, standard deviation and extremes of the last evaluations."""
-    lines = []
-    for split in ("train", "validation", "test"):
-        for name in ("loss", "error", "misses"):
-            ours = [record[name] for record in run.final(split) if name in record]
-            if ours:
-                found = Comparison(f"{split}_{name}", None, ours, None, None, "")
-                ends = f"{show(name, min(ours))} to {show(name, max(ours))}"
-                lines.append(f"  {split + ' ' + name:18}{spread(found):24}{ends}")
+    commits = ", ".join(sorted({f"{session.get('commit')}"[:7] for session in run.sessions})) or "unknown"
+    lines = [f"{run.path}: {len(run.records)} seeds, trained by {run.script} at commit {commits}"]
+    lines += [*wrap(f"config: {json.dumps(run.config)}"), ""]
+    held = [reading for reading in readings if any(own.path == run.path for own in reading.runs)]
+    for reading in held:
+        lines += full_block(reading, run)
+    if not held:
+        reason = wrong_data(run) or "no published number is of exactly this config"
+        lines.append(f"It is held against no paper: {reason}.")
+        for split in ("train", "validation", "test"):
+            for name in ("loss", "error", "misses"):
+                ours = [record[name] for record in run.final(split) if name in record]
+                if ours:
+                    words = cells({}, Comparison(f"{split}_{name}", None, ours, None, None, ""))
+                    lines.append("  {:18}{:24}{:24}".format(words[0], *words[2:4]).rstrip())
     return lines
 
 
 def list_runs(runs):
     """A line for each finished run."""
-    lines = [f"{'run':58}{'seeds':>6}  {'test error':18}{'finished':12}commit"]
+    form = "{:52}{:>6}  {:18}{:12}{}"
+    lines = [form.format("run", "seeds", "test error", "finished", "commit")]
     for run in runs:
         errors = [record["error"] for record in run.final("test") if "error" in record]
-        error = tables.mean_sd(errors, unit="%") if errors else "-"
         last = run.sessions[-1] if run.sessions else {}
-        lines.append(
-            f"{short(run):58}{len(run.records):6}  {error:18}{str(last.get('started', '-'))[:10]:12}"
-            f"{str(last.get('commit'))[:7]}"
-        )
+        started, commit = str(last.get("started", "-"))[:10], str(last.get("commit", "-"))[:7]
+        error = tables.mean_sd(errors, unit="%") if errors else "-"
+        lines.append(form.format(short(run), len(run.records), error, started, commit))
     return lines
 
 
@@ -530,156 +445,139 @@ def diff_lines(readings):
     """Unified diffs of eval lines: as printed, and those of the published seed (else of our first)."""
     lines = []
     for reading in readings:
-        row = reading.row
-        if not {
-            f"{split}_{name}" for split in ("train", "test") for name in ("loss", "error", "misses")
-        } <= set(row):
-            continue
-        for run in reading.runs:
-            seed = row.get("same_seed") if row.get("same_seed") in run.records else min(run.records)
-            printed, ours = [], []
-            for split in ("train", "test"):
-                entries = {name: row[f"{split}_{name}"] for name in ("loss", "error", "misses")}
-                entries = {name: n["printed"] if isinstance(n, dict) else n for name, n in entries.items()}
-                printed.append(runs_module.eval_line(split, **entries))
-                (record,) = [r for r in run.final(split) if r["seed"] == seed]
-                ours.append(runs_module.eval_line(**record))
-            names = f"reference: {reading.name}", f"{relative(run.path)}, seed {seed}"
-            lines += difflib.unified_diff(printed, ours, *names, lineterm="")
+        printed = {"train": {}, "test": {}}
+        for quantity, entry in numbers(reading.row).items():
+            split, _, name = quantity.partition("_")
+            if split in printed:
+                printed[split][name] = entry["printed"] if isinstance(entry, dict) else entry
+        for run in reading.runs if all(len(each) == 3 for each in printed.values()) else []:
+            same = reading.row.get("same_seed")
+            seed = same if same in run.records else min(run.records)
+            own = [record for split in printed for record in run.final(split) if record["seed"] == seed]
+            old = [run_files.eval_line(split, **each) for split, each in printed.items()]
+            new = [run_files.eval_line(**record) for record in own]
+            lines += difflib.unified_diff(old, new, reading.name, f"{short(run)}, seed {seed}", lineterm="")
     return lines
 
 
 def write_csv(readings, file):
     """Every comparison as CSV."""
     writer = csv.writer(file, lineterminator="\n")
-    head = "row reading run quantity published n mean sd min max low high verdict failed_seeds".split()
-    writer.writerow(head)
+    head = "row reading run quantity published n mean sd min max low high verdict failed_seeds"
+    writer.writerow(head.split())
     for reading in readings:
         for run in reading.runs:
+            failed = " ".join(map(str, failed_seeds(run)))
             for quantity, published, ours, low, high, verdict in compare(reading.row, run):
                 sd = statistics.stdev(ours) if len(ours) > 1 else None
-                measured = [len(ours), statistics.fmean(ours), sd, min(ours), max(ours), low, high]
                 where = [reading.name, reading.number, short(run), quantity, published]
-                writer.writerow([*where, *measured, verdict, " ".join(map(str, failed_seeds(run)))])
+                measured = [len(ours), statistics.fmean(ours), sd, min(ours), max(ours), low, high]
+                writer.writerow([*where, *measured, verdict, failed])
 
 
-# Pages
+# The tables of pages
 
 
 def link(run, page):
     """A Markdown link to a run's records from a page."""
-    path = Path(os.path.relpath(run.path, (utils.ROOT / page).parent)).as_posix()
-    return f"[{run.name}]({path})"
+    path = os.path.relpath(run.path, (utils.ROOT / page).parent)
+    return f"[{run.name}]({Path(path).as_posix()})"
 
 
 def full_table(readings, page):
-    """Every number of the readings that have a run, for a page; notes about single seeds below it."""
+    """Every number of the readings that have a run, and below it what is to be said of single seeds."""
     head = ("published", "our run", "number", "published", "ours, mean ± sd", "min to max", "n", "verdict")
     rows, notes = [], []
     for reading in readings:
         for run in reading.runs[:1]:
-            names = reading.row["title"], link(run, page)
-            for found in compare(reading.row, run):
-                quantity, ours = found.quantity, found.ours
-                ends = f"{show(quantity, min(ours))} to {show(quantity, max(ours))}"
-                published = shown_published(reading.row, found)
-                verdict = f"**{OUTSIDE}**" if found.verdict == OUTSIDE else found.verdict
-                words = quantity.replace("_", " ")
-                rows.append((*names, words, published, spread(found), ends, len(ours), verdict))
+            comparisons, names = compare(reading.row, run), (reading.row["title"], link(run, page))
+            for each in comparisons:
+                quantity, published, ours, ends, _, n, verdict = cells(reading.row, each)
+                rows.append(
+                    (*names, quantity, published, ours, ends, n, verdict.replace(OUTSIDE, f"**{OUTSIDE}**"))
+                )
                 names = "", ""
-            if any(found.verdict == EXPECTED for found in compare(reading.row, run)):
-                notes.append(f"- {reading.row['title']}, {run.name}: {reading.row['differs']['why']}.")
-            notes += [f"- {reading.row['title']}: {line}." for line in remarks(reading.row, run)]
-    table = tables.markdown_table(head, rows, left=3)
-    return "\n".join([table, *([""] if notes else []), *dict.fromkeys(notes)])
+            what = f"{reading.row['title']}, {run.name}"
+            notes += [f"- {what}: {line}." for line in remarks(reading.row, run, comparisons)]
+    return "\n".join([tables.markdown_table(head, rows, left=3), "", *notes]).rstrip()
 
 
 def changes_table(runs, page):
     """modern.py's changes: test misses on each set of digits."""
-    modern = importlib.import_module("modern")
-    sets = (
-        {"data": "mnist", "draw": "test-first"},
-        {"data": "mnist", "draw": "train-first"},
-        {"data": "usps"},
-    )
-    head = ("change", "published", *(", ".join(where.values()) for where in sets))
-    found = {json.dumps(run.config, sort_keys=True): run for run in reversed(runs) if run.script == "modern"}
-    reference, rows = utils.reference("karpathy2022"), []
-    for change, (name, key) in enumerate(zip(modern.NAMES, ("repro", *modern.NAMES[1:]))):
-        row = [f"{change} {name}", tables.published(reference[key]["test_misses"])]
+    modern, reference = importlib.import_module("modern"), utils.reference("karpathy2022")
+    sets = [{"data": "mnist", "draw": draw} for draw in ("test-first", "train-first")] + [{"data": "usps"}]
+    found = {identity(run.script, run.config): run for run in runs}
+    rows = []
+    for change, key in enumerate(("repro", *modern.NAMES[1:])):
+        row = [f"{change} {modern.NAMES[change]}", tables.published(reference[key]["test_misses"])]
         for where in sets:
-            config = json.loads(json.dumps(modern.make_config(change=change, **where)))
-            run = found.get(json.dumps(config, sort_keys=True))
-            misses = [record["misses"] for record in run.final("test")] if run else []
-            ends = f"{min(misses)} to {max(misses)}, n = {len(misses)}" if run else ""
-            row.append(f"{tables.mean_sd(misses, '.1f')}, {ends} ({link(run, page)})" if run else "-")
+            wanted = identity(*resolve({"script": "modern", "change": change, **where}))
+            misses = [record["misses"] for record in found[wanted].final("test")] if wanted in found else []
+            ends = f"{min(misses)} to {max(misses)}, n = {len(misses)}" if misses else ""
+            text = f"{tables.mean_sd(misses, '.1f')}, {ends}, {link(found[wanted], page)}" if misses else "-"
+            row.append(text)
         rows.append(row)
-    return tables.markdown_table(head, rows)
+    return tables.markdown_table(
+        ("change", "published", *(", ".join(where.values()) for where in sets)), rows
+    )
 
 
-def seconds_text(seconds):
-    """A duration in the unit that suits it."""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+def duration(seconds):
+    """Seconds in the unit that suits them."""
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= 2 * size or size == 1:
+            return f"{seconds / size:.{0 if seconds >= 10 * size else 1}f} {unit}"
 
 
 def reproduced(comparisons):
-    """yes (all numbers are inside), partly (some) or no (none), with the counts; or that the seeds are too few."""
+    """yes (all numbers are inside), partly (some) or no (none), with counts; or that seeds are too few."""
     inside, judged = tally(comparisons)
     if not judged:
         return f"n < {FEWEST}" if comparisons else "no run yet"
-    word = "yes" if inside == judged else "partly" if inside else "no"
-    return f"{word}, {inside} of {judged}"
+    return f"{'yes' if inside == judged else 'partly' if inside else 'no'}, {inside} of {judged}"
 
 
 def claims_table(readings):
     """README.md's table of what was reproduced."""
     head = ("paper", "published", "ours, mean ± sd", "n", "reproduced", "command", "time a seed", "page")
-    found, rows = {}, []
-    for reading in readings:
-        found[f"{reading.name}:{reading.number}"] = found[reading.name] = reading
+    found = {f"{reading.name}:{reading.number}": reading for reading in readings}
+    rows = []
     for claim, names, command, page in CLAIMS:
-        published, ours, n, seconds, every = [], [], [], [], []
-        for reading in (found[name] for name in names):
-            for run in reading.runs[:1]:
-                comparisons = compare(reading.row, run)
-                every += comparisons
-                main = headline(comparisons)
-                published.append(shown_published(reading.row, main))
-                ours.append(spread(main))
-                n.append(len(main.ours))
-                seconds += [s for session in run.sessions for s in session["seconds"].values()]
-        unit = {"test_misses": " misses", "rejected": " rejected"}.get(main.quantity, "") if every else ""
-        unit += " (accuracy)" if unit == "" and every and main.quantity == "test_accuracy" else ""
+        held = [(found[name].row, found[name].runs[0]) for name in names if found[name].runs]
+        every = [each for row, run in held for each in compare(row, run)]
+        main = [cells(row, headline(compare(row, run))) for row, run in held]
+        sessions = [session for _, run in held for session in run.sessions]
+        seconds = [each for session in sessions for each in session["seconds"].values()] or [0]
+        quantity, published, ours, n = (
+            " / ".join(dict.fromkeys(column) if index in (0, 5) else column)
+            for index, column in enumerate(zip(*main))
+            if index in (0, 1, 2, 5)
+        ) if main else ["-"] * 4  # fmt: skip
+        unit = {"test misses": " misses", "test accuracy": " right"}.get(quantity, "")
         rows.append((
-            claim, (" / ".join(published) + unit) or "-", " / ".join(ours) or "-", _range(n), reproduced(every),
-            f"`{command}`", seconds_text(statistics.median(seconds)) if seconds else "-",
-            f"[{page}](results/{page}/README.md)",
+            claim, published + unit, ours, n, reproduced(every), f"`python {command}`",
+            duration(statistics.median(seconds)), f"[{page}](results/{page}/README.md)",
         ))  # fmt: skip
     return tables.markdown_table(head, rows)
 
 
-def _range(n):
-    return "-" if not n else str(n[0]) if len(set(n)) == 1 else f"{min(n)} to {max(n)}"
-
-
 def pages(readings, runs):
-    """path -> its tables (name -> Markdown), for every page that has one of this script's."""
+    """page -> its tables (name -> Markdown), for every page that has one of this script's."""
 
-    def of_script(*scripts):
-        return [reading for reading in readings if reading.script in scripts]
+    def table(page, *scripts):
+        return full_table([reading for reading in readings if reading.script in scripts], page)
 
-    repro, modern = "results/repro/README.md", "results/modern/README.md"
-    learnt, spatial = "results/forward_forward/README.md", "results/spatial_priors/README.md"
-    ff = [reading for reading in readings if reading.name.startswith("ff.")]
+    def place(name):
+        return f"results/{name}/README.md"
+
+    repro, modern, ff, spatial = map(place, ("repro", "modern", "forward_forward", "spatial_priors"))
+    learnt = ("forward_forward", "ff_unsupervised", "ff_recurrent", "ff_article")
     return {
         "README.md": {"reproduced": claims_table(readings)},
-        repro: {"repro": full_table(of_script("repro"), repro)},
-        modern: {"changes": changes_table(runs, modern), "modern": full_table(of_script("modern"), modern)},
-        learnt: {"forward_forward": full_table(ff, learnt)},
-        spatial: {"published": full_table(of_script("spatial_priors"), spatial)},
+        repro: {"repro": table(repro, "repro")},
+        modern: {"changes": changes_table(runs, modern), "modern": table(modern, "modern")},
+        ff: {"forward_forward": table(ff, *learnt)},
+        spatial: {"published": table(spatial, "spatial_priors")},
     }
 
 
@@ -701,13 +599,10 @@ def write_pages(readings, runs):
 
 def pick_run(text, runs):
     """The run that a user means by a path, a name, or a folder and name."""
-    path = Path(text)
-    if path.is_file():
-        return read_run(path.resolve())
-    asked = text.removesuffix(".jsonl")
-    found = [
-        run for run in runs if asked in (run.name, short(run), relative(run.path).removesuffix(".jsonl"))
-    ]
+    if Path(text).is_file():
+        return read_run(Path(text).resolve())
+    asked = text.removesuffix(".jsonl").removeprefix("results/")
+    found = [run for run in runs if asked in (run.name, short(run))]
     if len(found) > 1:
         raise utils.BadRequest(f"'{text}' may be {' or '.join(map(short, found))}: say which")
     if not found:
@@ -717,22 +612,40 @@ def pick_run(text, runs):
     return found[0]
 
 
+def check(readings, runs, damaged):
+    """RunFailed where a run is damaged, of altered digits, or outside without a known reason."""
+    altered = [short(run) for run in runs if wrong_data(run) and run.config.get("data") != "strokes"]
+    outside = [
+        f"{reading.name}.{each.quantity} ({short(run)})"
+        for reading in readings
+        for run in reading.runs
+        for each in compare(reading.row, run)
+        if each.verdict == OUTSIDE
+    ]
+    faults = {
+        "damaged runs": [str(len(damaged))] if damaged else [],
+        "digits that are not the genuine ones": altered,
+    }
+    faults |= {"published and outside our intervals": outside, "runs to check": [] if runs else ["none"]}
+    found = [f"{what}: {', '.join(names)}" for what, names in faults.items() if names]
+    if found:
+        raise utils.RunFailed("; ".join(found))
+
+
 @utils.exit_status
 def main(argv=None):
     results = utils.ROOT / "results"
     parser = utils.Parser("compare.py", __doc__)
-    parser.add_argument("run", metavar="RUN", nargs="?", help="show this run in full")
-    where = relative(results)
-    parser.add_argument(
-        "--results", metavar="DIR", type=Path, default=results, help=f"the runs (default: {where})"
-    )
-    one = parser.add_mutually_exclusive_group()
-    one.add_argument("--all", action="store_true", help="show every number of every row")
-    one.add_argument("--diff", action="store_true", help="show eval lines, published as - and ours as +")
-    one.add_argument("--runs", action="store_true", help="list the finished runs")
-    one.add_argument("--csv", action="store_true", help="write every comparison to stdout as CSV")
-    parser.add_argument("--markdown", action="store_true", help="write the tables of README.md and the pages")
-    parser.add_argument("--check", action="store_true", help="exit status 1 where a comparison has changed")
+    flag = parser.add_argument
+    flag("run", metavar="RUN", nargs="?", help="show this run in full")
+    flag("--results", metavar="DIR", type=Path, default=results, help="where the runs are (default: results)")
+    flag("--markdown", action="store_true", help="write the tables of README.md and of the pages")
+    flag("--check", action="store_true", help="exit status 1 where a comparison has changed")
+    flag = parser.add_mutually_exclusive_group().add_argument
+    flag("--all", action="store_true", help="show every number of every row")
+    flag("--diff", action="store_true", help="show eval lines, the published as - and ours as +")
+    flag("--runs", action="store_true", help="list the finished runs")
+    flag("--csv", action="store_true", help="write every comparison to stdout as CSV")
     args = parser.parse_args(argv)
     folder = args.results.expanduser().resolve()
     if not folder.is_dir():
@@ -745,59 +658,35 @@ def main(argv=None):
         chosen = pick_run(args.run, runs)
         runs = [chosen, *(run for run in runs if run.path != chosen.path)]
     readings = read_readings(runs)
-    altered = {short(run): reason for run in runs if (reason := wrong_data(run))}
-    procedural = [name for name, reason in altered.items() if "procedural" in reason]
-    if args.run:
-        print("\n".join(run_in_full(chosen, readings)))
-    elif args.csv:
+    if args.csv:
         write_csv(readings, sys.stdout)
-    elif args.runs:
-        print("\n".join(list_runs(runs)))
-    elif args.diff:
-        print("\n".join(diff_lines(readings)))
+    elif args.run or args.runs or args.diff:
+        lines = (
+            run_in_full(chosen, readings)
+            if args.run
+            else list_runs(runs)
+            if args.runs
+            else diff_lines(readings)
+        )
+        print("\n".join(lines))
     else:
-        if args.all:
-            lines = [
-                line for reading in readings for run in reading.runs for line in full_block(reading, run)
-            ]
-        else:
-            lines = [*short_table(readings), ""]
+        blocks = (full_block(reading, run) for reading in readings for run in reading.runs)
+        lines = [line for block in blocks for line in block] if args.all else [*short_table(readings), ""]
         lines += missing_lines(readings, in_full=args.all)
-        if procedural:
-            which = (
-                f"{len(procedural)} runs of procedural digits are"
-                if len(procedural) > 1
-                else f"{procedural[0]} is"
-            )
-            lines.append(f"{which} held against no paper.")
-        lines += [
-            f"{name} is held against no paper: {altered[name]}." for name in altered if name not in procedural
-        ]
-        print("\n".join([*lines, joint_line(readings)]))
+        left_out = [run for run in runs if wrong_data(run)]
+        procedural = [run for run in left_out if run.config["data"] == "strokes"]
+        lines += (
+            [f"Runs of procedural digits, held against no paper: {len(procedural)}."] if procedural else []
+        )
+        altered = [run for run in left_out if run not in procedural]
+        lines += [f"{short(run)} is held against no paper: {wrong_data(run)}." for run in altered]
+        print("\n".join([*lines, *joint_lines(readings)]))
     for sentence in damaged:
         print(f"compare.py: {sentence}.", file=sys.stderr)
     if args.markdown:
         write_pages(readings, runs)
     if args.check:
-        check(readings, runs, damaged, set(altered) - set(procedural))
-
-
-def check(readings, runs, damaged, altered):
-    """RunFailed where a run is damaged, of altered digits, or outside without a known reason."""
-    if not runs:
-        raise utils.RunFailed("there is no run to check")
-    outside = [
-        f"{reading.name}.{comparison.quantity} ({short(run)})"
-        for reading in readings
-        for run in reading.runs
-        for comparison in compare(reading.row, run)
-        if comparison.verdict == OUTSIDE
-    ]
-    faults = [f"{len(damaged)} damaged run{'s' * (len(damaged) > 1)}"] if damaged else []
-    faults += [f"digits that are not the genuine ones: {', '.join(sorted(altered))}"] if altered else []
-    faults += [f"published and outside our intervals: {', '.join(outside)}"] if outside else []
-    if faults:
-        raise utils.RunFailed("; ".join(faults))
+        check(readings, runs, damaged)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def mean_sd(values, form=".2f", unit=""):
 
 @functools.cache
 def student_t(probability, degrees):
-    """The quantile of Student's t, for a probability of a half or more: the root of its distribution function.
+    """The quantile of Student's t, for a probability of a half or more: the root of its distribution.
 
     The function is the integral of the density (Abramowitz and Stegun 26.7.1) with t = sqrt(degrees) tan(a),
     by Simpson's rule; exact to better than 1e-6. Newton's method finds the root: from 0 it never oversteps,
@@ -52,7 +52,7 @@ def prediction_interval(values, probability=0.95):
 
 
 def mean_interval(values, sd, n, probability=0.95):
-    """Where the mean of n values of that standard deviation falls if they are like ours (Welch's t): (low, high)."""
+    """Where the mean of n others, of standard deviation sd, falls if they are like ours (Welch's t)."""
     own, other = statistics.variance(values) / len(values), sd**2 / n
     degrees = (own + other) ** 2 / (own**2 / (len(values) - 1) + other**2 / (n - 1))
     reach = student_t((1 + probability) / 2, degrees) * math.sqrt(own + other)
