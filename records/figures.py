@@ -268,18 +268,13 @@ def labelled(images, labels, title):
     The label's ten inputs are drawn above each image, since they would hardly be seen in its first row.
     """
     n, height, width = images.shape
-    figure, axes = subplots(2, n, figsize=(10, 2.9), squeeze=False)
-    for row, own, what in zip(axes, labels, ("+", "\N{MINUS SIGN}")):
-        for axis, image, label in zip(row, images, own):
-            axis.imshow(image, vmin=0, vmax=np.quantile(images, 0.99), extent=(0, width, height, 0))
-            inputs = np.arange(10) == label
-            axis.imshow(inputs[None], vmin=0, vmax=1.3, extent=(0, width, -1, -1 - width / 10))
-            axis.set(title=f"{what} {label}", xlim=(0, width), ylim=(height, -1 - width / 10))
-            axis.axis("off")
-    figure.suptitle(
-        f"{title}: positives and negatives, each with its label's ten inputs above", fontsize="medium"
-    )
-    return figure
+    shown = np.zeros((2, n, height + 4, width))
+    shown[:, :, 4:] = images / np.quantile(images, 0.99)
+    inputs = np.arange(width) * 10 // width  # ten wide pixels
+    shown[:, :, :3] = np.where(inputs == np.array(labels)[:, :, None], 1, 0.15)[:, :, None]
+    captions = [f"{sign} {label}" for sign, own in zip("+\N{MINUS SIGN}", labels) for label in own]
+    title = f"{title}: positives and negatives, each below its label's ten inputs"
+    return gallery(shown.reshape(-1, height + 4, width), captions, title, columns=n, low=0, high=1)
 
 
 def kernels(kernels, title):

@@ -1,46 +1,56 @@
+import copy
 import functools
 import json
 import os
-import re
-import resource
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_sentence, run_script
+from conftest import ROOT, one_sentence
 
 import forward_forward as ff
 import prepro
 import utils
+from datasets import sources
 from kernels import build
 from kernels.forward_forward import Kernels
+from records import run as runs
+from records.weights import load_weights, save_weights
 
-# Every field, so that no test depends on what is thought best.
-RECIPE = ff.Recipe(
+# Every number, so that no test depends on what is thought best.
+CONFIG = ff.Config(
+    data="strokes",
+    validation=0,
     layers=2,
     width=17,
-    epochs=4,
-    jitter=0,
-    negatives="random",
     goodness="ssq",
     threshold=1.0,
-    label=3.0,
+    label_scale=3.0,
+    passes=4,
+    jitter=0,
+    negatives="random",
     batch_size=50,
+    parts=1,
     lr=0.02,
-    held=0.5,
-    smoothing=0.9,
+    lr_hold=0.5,
+    momentum=0.9,
     weight_decay=1e-3,
-    sure=0.0,
-    review=1.0,
+    skip_threshold=0.0,
+    revisit_prob=1.0,
     peer=0.0,
     head_lr=0.1,
     head_weight_decay=3e-3,
+    precision="fp32",
+    read_out="all",
 )
 INPUTS = 34
-SMOKE = ["--data", "strokes", "--smoke", "--width", "40", "--threads", "1"]
-QUIET = [*SMOKE, "--quiet", "--no-figures"]
+QUIET = ["--data", "strokes", "--smoke", "--width", "40", "--threads", "1", "--precision", "fp32", "--quiet"]
+NO_FIGURES = [*QUIET, "--no-figures"]
+quick = pytest.mark.quick
 
 
 @pytest.fixture(params=["torch", "c"])
@@ -51,7 +61,7 @@ def engine(request):
 @functools.cache
 def engine_of(name, dtype=torch.float32):
     if name == "torch":
-        return ff.Reference(dtype)
+        return ff.TorchOps(dtype)
     try:
         return Kernels(dtype)
     except build.Unavailable as error:
@@ -63,100 +73,137 @@ def strokes():
     return ff.load("strokes")
 
 
-def network_of(recipe, engine=None, inputs=INPUTS, seed=0):
-    """A network of which nothing is 0 or alike: biases, softmax and mean activities too."""
-    network = ff.Network(inputs, recipe, seed, engine or ff.Reference(torch.float32))
+def network_of(config, engine=None, inputs=INPUTS, seed=0):
+    """A network in which nothing is 0 or alike: neither biases, nor the softmax, nor mean activities."""
+    network = ff.Network(inputs, config, seed, engine)
     generator = torch.Generator().manual_seed(seed + 1)
     for layer in network.layers:
         layer.biases.normal_(0, 0.3, generator=generator)
-        layer.active.uniform_(0, 1, generator=generator)
+        layer.mean_activity.uniform_(0, 1, generator=generator)
     network.head.normal_(0, 0.3, generator=generator)
     return network
 
 
 def examples(n=12, inputs=INPUTS, seed=0):
-    """Images with the label left open, labels, and the chance by which wrong ones are drawn."""
+    """Images whose first ten inputs are 0, labels, and the chance by which wrong labels are sampled."""
     generator = torch.Generator().manual_seed(seed)
     images = ff.normalise(torch.randn(n, inputs, generator=generator))
     labels = torch.randint(ff.LABELS, (n,), generator=generator)
     return images, labels, torch.rand(n, generator=generator)
 
 
-def layers_of(network, images, labels):
-    return network.forward(network.first_products(images), labels, network.label_rows())
+def doubled(network, **changes):
+    """A copy in float64, for the plain functions, with changes of the config."""
+    network = copy.copy(network)
+    network.config = network.config._replace(**changes)
+    network.layers = [copy.copy(layer) for layer in network.layers]
+    for layer in network.layers:
+        for name, tensor in vars(layer).items():
+            setattr(layer, name, tensor.double())
+    network.head, network.head_velocity = network.head.double(), network.head_velocity.double()
+    return network
+
+
+# The plain method, which defines what is right
+
+
+@quick
+def test_the_plain_layer_is_the_formula():
+    """A tiny layer in pure Python: activities, goodness, loss and, by differences, the gradient."""
+    config = CONFIG._replace(width=3, peer=0.2, lr=0.5, momentum=0.75, weight_decay=0.1)
+    layer = doubled(network_of(config, inputs=4)).layers[0]
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(3)).double()  # two positives, two negatives
+    pull = [0.2 * (float(layer.mean_activity.mean()) - float(mean)) for mean in layer.mean_activity]
+
+    def objective(weights, biases, pulled=True):
+        total = 0.0
+        for row, each in enumerate(x.tolist()):
+            z = [sum(each[i] * weights[i][k] for i in range(4)) + biases[k] for k in range(3)]
+            logit = sum(max(0, value) ** 2 for value in z) - 3 * 1.0
+            p = 1 / (1 + np.exp(-logit))
+            total += np.log(p if row < 2 else 1 - p)
+            total += sum(a * b for a, b in zip(pull, z)) if pulled and row < 2 else 0
+        return total
+
+    weights, biases = layer.weights.tolist(), layer.biases.tolist()
+    before = layer.mean_activity.clone()
+    h, loss, unsure = layer.learn(x, config, rate=0.5)
+    assert loss == pytest.approx(-objective(weights, biases, pulled=False)) and unsure.all()
+    torch.testing.assert_close(h, (x @ torch.tensor(weights).double() + torch.tensor(biases).double()).relu())
+    torch.testing.assert_close(layer.mean_activity, 0.9 * before + 0.1 * h[:2].mean(dim=0))
+    for i, k in np.ndindex(5, 3):  # the fifth row is the biases
+        ends = []
+        for change in (1e-6, -1e-6):
+            other = [[*row] for row in [*weights, biases]]
+            other[i][k] += change
+            ends.append(objective(other[:4], other[4]))
+        smoothed = 0.25 * (ends[0] - ends[1]) / 2e-6 / 2  # of two positives
+        own = layer.weights[i, k] if i < 4 else layer.biases[k]
+        kept = weights[i][k] * (1 - 0.25 * 0.1) if i < 4 else biases[k]
+        assert float(own) == pytest.approx(kept + 0.25 * smoothed, rel=1e-6)
+
+
+@quick
+def test_what_is_passed_on_has_one_length():
+    h = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).relu()
+    torch.testing.assert_close(ff.unit_rms(h).norm(dim=1), torch.full((5,), 8**0.5))
+    torch.testing.assert_close(ff.unit_rms(7 * h), ff.unit_rms(h))
+    assert not ff.unit_rms(torch.zeros(1, 8)).any()
+
+
+@quick
+def test_a_label_is_written_into_the_first_ten_inputs():
+    images, *_ = examples(3)
+    written = ff.write_label(images, torch.tensor([0, 9, ff.LABELS]), 3.0)
+    assert torch.equal(written[:, ff.LABELS :], images[:, ff.LABELS :]) and not images[:, : ff.LABELS].any()
+    expected = torch.zeros(3, 10)
+    expected[0, 0] = expected[1, 9] = 3.0
+    expected[2] = 0.3
+    torch.testing.assert_close(written[:, : ff.LABELS], expected)
+
+
+# The gradient
 
 
 def softmax_of(network, images):
-    return network.read_softmax(network.first_products(images), network.label_rows())[1]
-
-
-# The network once more, in float64, as it is written down
-
-
-def doubled(network):
-    return {name: tensor.double().requires_grad_() for name, tensor in network.state_dict().items()}
-
-
-def labelled(images, labels, recipe):
-    """The images with the label in their first ten inputs; the eleventh is a tenth of each."""
-    written = torch.cat([torch.eye(ff.LABELS), torch.full((1, ff.LABELS), 0.1)]).double()
-    images = images.double().clone()
-    images[:, : ff.LABELS] = recipe.label * written[labels]
-    return images
-
-
-def naive_layers(p, x, recipe):
-    """Of every layer the activities, what is passed on, which no gradient crosses, and the logits."""
-    layers = []
-    for number in range(1, recipe.layers + 1):
-        z = x @ p[f"weights{number}"] + p[f"biases{number}"]
-        assert z.abs().min() > 1e-7  # at 0, the ReLU has no slope to compare
-        h = z.relu()
-        goodness = {
-            "ssq": lambda h: h.square().sum(dim=1) - recipe.threshold * recipe.width,
-            "mean-sq": lambda h: h.square().mean(dim=1) - recipe.threshold,
-            "sum": lambda h: h.sum(dim=1) - recipe.threshold * recipe.width,
-            "neg-ssq": lambda h: recipe.threshold * recipe.width - h.square().sum(dim=1),
-        }[recipe.goodness]
-        x = (h / (h.square().mean(dim=1, keepdim=True) + 1e-8).sqrt()).detach()
-        layers.append((h, x, goodness(h)))
-    return layers
-
-
-def naive_softmax(p, images, recipe):
-    neutral = labelled(images, torch.full((len(images),), ff.LABELS), recipe)
-    return torch.cat([x for _, x, _ in naive_layers(p, neutral, recipe)], dim=1) @ p["head"]
+    """The logits of the softmax, plainly."""
+    x, read = ff.write_label(images, torch.full((len(images),), ff.LABELS), network.config.label_scale), []
+    for layer in network.layers:
+        read.append(x := ff.unit_rms(layer.forward(x)))
+    return torch.cat(read, dim=1) @ network.head
 
 
 def true_gradients(network, images, labels, chance):
-    """By autograd: name -> gradient of the own log-likelihood; losses, pairs misordered, misses, unsure.
+    """By the plain step, which without momentum leaves them in the velocities; with what else it finds."""
+    plain, n = doubled(network, momentum=0.0), len(images)
+    images = images.double()
+    logits, answers = softmax_of(plain, images), ff.plain_read_out(plain, images)
+    hard = network.config.negatives == "hard"
+    wrong = ff.sample_negatives(labels, chance, logits.float() if hard else None)
+    right, taken = (answers[:, torch.arange(n), own] for own in (labels, wrong))
+    x = ff.write_label(images, labels, network.config.label_scale)
+    activity = []
+    for layer in plain.layers:
+        activity.append(h := layer.forward(x))
+        x = ff.unit_rms(h)
+    losses, unsure = ff.plain_step(plain, images, labels, chance)
+    found = {"head": plain.head_velocity * n}
+    for number, layer in enumerate(plain.layers, start=1):
+        found |= {f"weights{number}": layer.velocity * n, f"biases{number}": layer.bias_velocity * n}
+        found |= {f"activity{number}": activity[number - 1].sum(dim=0)}
+    counts = [int(count) for count in (right <= taken).sum(dim=1)], int((logits.argmax(1) != labels).sum())
+    return found, (losses.tolist(), unsure, *counts)
 
-    Of an example of which it errs by no more than `sure`, a layer learns nothing, at a loss all the same.
-    """
-    p, recipe, n = doubled(network), network.recipe, len(images)
-    logits = naive_softmax(p, images, recipe)
-    believed = logits.detach().float() if recipe.negatives == "hard" else None
-    both = torch.cat([labels, ff.draw_negatives(labels, chance, believed)])
-    losses, misordered, total = [], [], -F.cross_entropy(logits, labels, reduction="sum")
-    unsure = torch.zeros(n, dtype=torch.bool)
-    inputs = labelled(images.repeat(2, 1), both, recipe)
-    for _, _, logit in naive_layers(p, inputs, recipe):
-        likelihood = F.logsigmoid(torch.cat([logit[:n], -logit[n:]]))
-        losses.append(-likelihood.sum().item())
-        misordered.append(int((logit[:n] <= logit[n:]).sum()))
-        taught = 1 - likelihood.exp() > recipe.sure
-        unsure |= taught.view(2, n).any(dim=0)
-        total = total + likelihood[taught].sum()
-    gradients = dict(zip(p, torch.autograd.grad(total, list(p.values()))))
-    return gradients, losses, misordered, int((logits.argmax(dim=1) != labels).sum()), unsure
 
-
-def named(gradient):
-    """The written-out gradient by the names of state_dict."""
-    by_name = {"head": gradient.head}
-    for number, (weights, biases) in enumerate(zip(gradient.weights, gradient.biases), start=1):
-        by_name |= {f"weights{number}": weights, f"biases{number}": biases}
-    return by_name
+def ours(network, images, labels, chance):
+    """The same from `gradients`."""
+    found = ff.gradients(network, images, labels, chance)
+    named = {"head": found.head}
+    for number, layer in enumerate(found.layers, start=1):
+        named |= {f"weights{number}": layer.weights, f"biases{number}": layer.biases}
+        named |= {f"activity{number}": layer.activity}
+    losses = [float(layer.loss) for layer in found.layers]
+    return named, (losses, found.unsure, [int(layer.misordered) for layer in found.layers], int(found.misses))
 
 
 def worst_error(ours, true):
@@ -166,191 +213,312 @@ def worst_error(ours, true):
     return torch.stack(errors).max().item()
 
 
-# The gradient
-
 # Measured over 40 seeds, both engines, every goodness, 1 and 3 layers: at most 2.3e-6; times ten.
 TOLERANCE = 2.3e-5
 
 
+def assert_gradients(network, given):
+    (a, facts), (b, true) = ours(network, *given), true_gradients(network, *given)
+    assert worst_error(a, b) < TOLERANCE
+    assert facts[0] == pytest.approx(true[0], rel=1e-5)
+    assert torch.equal(facts[1], true[1]) and facts[2:] == true[2:]
+
+
+@quick
 @pytest.mark.parametrize("negatives", ["random", "hard"])
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("goodness", ff.GOODNESS)
-def test_gradients_are_those_of_autograd(engine, goodness, layers, negatives):
-    """Of each layer's own loss, and of the softmax; sums over examples, and uphill."""
-    recipe = RECIPE._replace(goodness=goodness, layers=layers, negatives=negatives)
+def test_gradients_are_those_of_the_plain_step(engine, goodness, layers, negatives):
+    config = CONFIG._replace(goodness=goodness, layers=layers, negatives=negatives, peer=0.3)
     for seed in range(3):
-        network, given = network_of(recipe, engine, seed=seed), examples(seed=seed)
-        ours = ff.differentiate(network, *given)
-        true, losses, misordered, misses, unsure = true_gradients(network, *given)
-        assert worst_error(named(ours), true) < TOLERANCE
-        assert [float(loss) for loss in ours.losses] == pytest.approx(losses, rel=1e-5)
-        assert [int(count) for count in ours.misordered] == misordered and int(ours.misses) == misses
-        assert torch.equal(ours.unsure, unsure)
-        for number, layer in enumerate(naive_layers(doubled(network), labelled(*given[:2], recipe), recipe)):
-            expected = layer[0].sum(dim=0).detach()
-            torch.testing.assert_close(ours.active[number].double(), expected, rtol=1e-5, atol=1e-5)
+        assert_gradients(network_of(config, engine, seed=seed), examples(seed=seed))
 
 
+@quick
 @pytest.mark.parametrize("goodness", ff.GOODNESS)
-def test_a_layer_learns_nothing_of_what_it_is_sure_of(engine, goodness):
-    """The softmax does; and an example is sure only where all layers are, of both its labels."""
+def test_a_layer_learns_nothing_from_what_it_is_sure_of(engine, goodness):
+    """The softmax does. An image is sure only where all layers are, with both its labels."""
     threshold = 0.4 if goodness == "sum" else 1.0  # so that some examples teach, and others do not
-    recipe = RECIPE._replace(goodness=goodness, layers=3, threshold=threshold, sure=0.55)
-    network, given = network_of(recipe, engine), examples(40)
-    ours, (true, losses, *_, unsure) = ff.differentiate(network, *given), true_gradients(network, *given)
-    assert worst_error(named(ours), true) < TOLERANCE
-    assert [float(loss) for loss in ours.losses] == pytest.approx(losses, rel=1e-5)
-    assert torch.equal(ours.unsure, unsure)
-    network.recipe = recipe._replace(sure=0.0)
-    everything = named(ff.differentiate(network, *given))
-    for name in true.keys() - {"head"}:
-        assert not worst_error({name: everything[name]}, {name: true[name]}) < 100 * TOLERANCE
-    network.recipe = recipe._replace(sure=1.0)
-    ours = ff.differentiate(network, *given)
-    assert not ours.unsure.any() and ours.head.any()
-    assert not any(tensor.any() for tensor in [*ours.weights, *ours.biases])
+    config = CONFIG._replace(goodness=goodness, layers=3, threshold=threshold, skip_threshold=0.55)
+    network, given = network_of(config, engine), examples(40)
+    assert_gradients(network, given)
+    true, _ = true_gradients(network, *given)
+    network.config = config._replace(skip_threshold=0.0)
+    everything, _ = ours(network, *given)
+    for name in true:
+        same = name == "head" or name.startswith("activity")
+        assert (worst_error({name: everything[name]}, {name: true[name]}) < TOLERANCE) == same
+    network.config = config._replace(skip_threshold=1.0)
+    nothing, (_, unsure, *_) = ours(network, *given)
+    assert not unsure.any() and nothing["head"].any()
+    assert not any(tensor.any() for name, tensor in nothing.items() if name.startswith(("weights", "biases")))
 
 
-@pytest.mark.parametrize("layers", [1, 3])
+@quick
 @pytest.mark.parametrize("goodness", ff.GOODNESS)
-def test_peers_pull_at_positives_whether_active_or_not(engine, goodness, layers):
+def test_peers_pull_at_positives_whether_active_or_not(engine, goodness):
     """What is added: the peers' mean activity less a unit's own, once for each positive, past the ReLU."""
-    recipe = RECIPE._replace(goodness=goodness, layers=layers, peer=0.3)
-    network, (images, labels, chance) = network_of(recipe, engine), examples()
-    true, *_ = true_gradients(network, images, labels, chance)
-    own_alone = {name: tensor.clone() for name, tensor in true.items()}
-    inputs = labelled(images, labels, recipe)
-    for number, (layer, (h, passed_on, _)) in enumerate(
-        zip(network.layers, naive_layers(doubled(network), inputs, recipe)), start=1
-    ):
-        assert (h == 0).any()  # or a gate could not be told from none
-        pull = 0.3 * (layer.active.double().mean() - layer.active.double())
-        true[f"weights{number}"] += inputs.sum(dim=0)[:, None] * pull
-        true[f"biases{number}"] += len(images) * pull
-        inputs = passed_on
-    ours = named(ff.differentiate(network, images, labels, chance))
-    assert worst_error(ours, true) < TOLERANCE
-    for name in own_alone.keys() - {"head"}:
-        assert not worst_error({name: ours[name]}, {name: own_alone[name]}) < 100 * TOLERANCE
+    config = CONFIG._replace(goodness=goodness, layers=3)
+    network, given = network_of(config, engine), examples()
+    without, _ = ours(network, *given)
+    network.config = config._replace(peer=0.3)
+    pulled, _ = ours(network, *given)
+    x = ff.write_label(given[0], given[1], config.label_scale)
+    for number, layer in enumerate(network.layers, start=1):
+        pull = 0.3 * (layer.mean_activity.mean() - layer.mean_activity)
+        added = pulled[f"weights{number}"] - without[f"weights{number}"]
+        torch.testing.assert_close(added, x.sum(dim=0)[:, None] * pull, rtol=1e-3, atol=1e-4)
+        added = pulled[f"biases{number}"] - without[f"biases{number}"]
+        torch.testing.assert_close(added, len(x) * pull, rtol=1e-3, atol=1e-4)
+        assert (layer.forward(x) == 0).any()  # or a gate could not be told from none
+        x = ff.unit_rms(layer.forward(x))
 
 
+@quick
 def test_a_gradient_that_is_off_is_noticed():
-    """In every tensor, by a sign, a slope, an example left out, a label of another, or the threshold."""
-    network, given = network_of(RECIPE._replace(layers=3)), examples()
-    true, *_ = true_gradients(network, *given)
-    right = named(ff.differentiate(network, *given))
-    assert worst_error(right, true) < TOLERANCE
+    """In every tensor: a sign, a slope, an example left out, another's label, another config."""
+    config = CONFIG._replace(layers=3, peer=0.03)
+    network, given = network_of(config), examples()
+    true, _ = true_gradients(network, *given)
+    right, _ = ours(network, *given)
     images, labels, chance = given
-    fewer = named(ff.differentiate(network, images[:-1], labels[:-1], chance[:-1]))
-    others = named(ff.differentiate(network, images, (labels + 1) % 10, chance))
-    for name, gradient in true.items():
+    fewer, _ = ours(network, images[:-1], labels[:-1], chance[:-1])
+    others, _ = ours(network, images, (labels + 1) % 10, chance)
+    for name in true:
         for wrong in (-right[name], right[name] / 2, fewer[name], others[name]):
-            assert worst_error({name: wrong}, {name: gradient}) > 100 * TOLERANCE
-    for change in ({"threshold": 1.01}, {"label": 3.01}, {"goodness": "mean-sq"}):
-        network.recipe = RECIPE._replace(layers=3, **change)
-        network.goodness = ff.GOODNESS[network.recipe.goodness]
-        assert worst_error(named(ff.differentiate(network, *given)), true) > 100 * TOLERANCE
+            assert worst_error({name: wrong}, {name: true[name]}) > 100 * TOLERANCE
+    for change in ({"threshold": 1.01}, {"label_scale": 3.01}, {"goodness": "mean-sq"}, {"peer": 0.04}):
+        network.config = config._replace(**change)
+        assert worst_error(ours(network, *given)[0], true) > 100 * TOLERANCE
 
 
-def stepped(recipe, engine, given, changed=None):
-    """The state after one step, from weights of which those of layer `changed` are others."""
-    network = network_of(recipe, engine)
-    if changed is not None:
-        layer = network.layers[changed]
-        layer.weights.add_(torch.randn(layer.weights.shape, generator=torch.Generator().manual_seed(9)))
-        layer.rounded.copy_(layer.weights)
-    ff.step(network, [ff.differentiate(network, *given)], len(given[0]), 1, ff.Threads(1))
-    return network.state_dict()
-
-
+@quick
 def test_no_gradient_crosses_a_layer(engine):
-    """Negatives are random: hard ones are drawn by the softmax, which reads every layer."""
-    recipe, given = RECIPE._replace(layers=3, peer=0.03), examples()
-    before = stepped(recipe, engine, given)
+    """Negatives are random: hard ones are sampled by the softmax, which reads every layer."""
+
+    def stepped(config, changed=None):
+        network = network_of(config, engine)
+        if changed is not None:
+            layer = network.layers[changed]
+            layer.weights.add_(torch.randn(layer.weights.shape, generator=torch.Generator().manual_seed(9)))
+            layer.weights_lowp.copy_(layer.weights)
+        ff.step(network, [ff.gradients(network, *examples())], 12, 1, ff.Threads(1))
+        return network.state_dict()
+
+    config = CONFIG._replace(layers=3, peer=0.03)
+    before = stepped(config)
     for changed in (1, 2):
-        after = stepped(recipe, engine, given, changed)
+        after = stepped(config, changed)
         for number in range(1, changed + 1):
             for name in (f"weights{number}", f"biases{number}"):
-                assert torch.equal(after[name], before[name]), name
-        # What comes after reads it.
-        assert not torch.equal(after["head"], before["head"])
+                assert torch.equal(after[name], before[name]) == (name != f"weights{changed + 1}"), name
+        assert not torch.equal(after["head"], before["head"])  # what comes after reads the layer
         assert changed == 2 or not torch.equal(after["biases3"], before["biases3"])
-    hard = recipe._replace(negatives="hard")
-    first = [stepped(hard, engine, given, changed)["weights1"] for changed in (None, 1)]
-    assert not torch.equal(*first)  # so the comparison can fail
+    hard = config._replace(negatives="hard")
+    assert not torch.equal(stepped(hard)["weights1"], stepped(hard, 1)["weights1"])  # the comparison can fail
 
 
-def test_a_step_is_that_of_the_recipe(engine):
-    """Smoothed, at the rate of now; weights decay, biases do not, and the softmax has rates of its own."""
-    recipe = RECIPE._replace(peer=0.03, weight_decay=0.1, head_weight_decay=0.2)
-    network, given, n, rate = network_of(recipe, engine), examples(), 12, 0.7
-    lr, head_lr = rate * recipe.lr, rate * recipe.head_lr
-    state = {name: tensor.double() for name, tensor in network.state_dict().items()}
-    smooth = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-    active = [layer.active.double() for layer in network.layers]
-    for _ in range(3):
-        gradient = ff.differentiate(network, *given)
-        ff.step(network, [gradient], n, rate, ff.Threads(1))
-        for name, each in named(gradient).items():
-            smooth[name] = 0.9 * smooth[name] + 0.1 * each.double() / n
-            if name == "head":
-                state[name] = state[name] * (1 - head_lr * 0.2) + head_lr * smooth[name]
-            else:
-                kept = 1 - lr * 0.1 if name.startswith("weights") else 1
-                state[name] = state[name] * kept + lr * smooth[name]
-        active = [0.9 * a + 0.1 * own.double() / n for a, own in zip(active, gradient.active)]
-    for name, tensor in network.state_dict().items():
-        torch.testing.assert_close(tensor.double(), state[name], rtol=1e-5, atol=1e-6)
-    for layer, mean in zip(network.layers, active):
-        torch.testing.assert_close(layer.active.double(), mean, rtol=1e-5, atol=1e-6)
-        assert torch.equal(layer.rounded, layer.weights)
-
-
+@quick
 def test_huge_logits_have_finite_losses(engine):
     """softplus: log(1 + exp(x)) of 1e4 is infinite."""
     for threshold, scale in ((1e3, 1), (-1e3, 1), (1.0, 100)):
-        recipe = RECIPE._replace(threshold=threshold)
-        network, given = network_of(recipe, engine), examples()
+        network, given = network_of(CONFIG._replace(threshold=threshold), engine), examples()
         for layer in network.layers:
-            for tensor in (layer.weights, layer.rounded, layer.biases):
+            for tensor in (layer.weights, layer.weights_lowp, layer.biases):
                 tensor.mul_(scale)
-        gradient = ff.differentiate(network, *given)
-        p = doubled(network)
-        logits = [logit for _, _, logit in naive_layers(p, labelled(*given[:2], recipe), recipe)]
-        assert all(logit.abs().max() > 1e4 for logit in logits)
-        assert torch.log(1 + torch.exp(logits[0].float().abs().max())).isinf()
-        _, losses, *_ = true_gradients(network, *given)
-        assert [float(loss) for loss in gradient.losses] == pytest.approx(losses, rel=1e-4)
-        assert all(tensor.isfinite().all() for tensor in named(gradient).values())
+        assert (ff.plain_read_out(network, given[0]).abs().amax(dim=(1, 2)) > 1e4).all()
+        (found, (losses, *_)), (_, (expected, *_)) = ours(network, *given), true_gradients(network, *given)
+        assert losses == pytest.approx(expected, rel=1e-4)
+        assert all(tensor.isfinite().all() for tensor in found.values())
 
 
-# The label
+# Steps and passes
 
 
-def test_the_shared_first_product_is_the_naive_one(engine):
-    """The label written into the inputs, and all of them multiplied by the whole matrix."""
-    recipe = RECIPE._replace(layers=3)
-    network, (images, labels, _) = network_of(recipe, engine), examples()
-    p = doubled(network)
-    assert network.label_rows().shape == (ff.LABELS + 1, recipe.width)
-    for which in [torch.full_like(labels, label) for label in range(ff.LABELS + 1)] + [labels]:
-        ours = layers_of(network, images, which)
-        naive = naive_layers(p, labelled(images, which, recipe), recipe)
-        for (h, passed_on, sums), (h0, passed_on0, logit0) in zip(ours, naive, strict=True):
-            logit = network.goodness.logits(sums, recipe.threshold, recipe.width)
-            for a, b in ((h, h0), (passed_on, passed_on0), (logit, logit0)):
-                # Measured over 40 seeds: 6.9e-7 in activities.
-                torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
-    both = torch.cat([labels, (labels + 3) % 10])
-    together, twice = layers_of(network, images, both), labelled(images.repeat(2, 1), both, recipe)
-    for ours, naive in zip(together, naive_layers(p, twice, recipe)):
-        torch.testing.assert_close(ours[0].double(), naive[0], rtol=1e-5, atol=1e-5)
-    expected = naive_softmax(p, images, recipe)
-    torch.testing.assert_close(softmax_of(network, images).double(), expected, rtol=1e-5, atol=1e-5)
-    wrong = labelled(images, (labels + 1) % 10, recipe)
-    assert (layers_of(network, images, labels)[0][0] - naive_layers(p, wrong, recipe)[0][0]).abs().max() > 0.1
+LEARNS = CONFIG._replace(width=64, jitter=1, negatives="hard", peer=0.03, label_scale=5.0)
+LEARNING = [
+    word
+    for field, value in LEARNS._replace(passes=4)._asdict().items()
+    if field not in ("data", "precision", "passes")
+    for word in (f"--{field.replace('_', '-')}", str(value))
+]
 
 
+def train_plainly(config, n, seed=0):
+    splits, shape, _ = strokes()
+    x, y = (tensor[:n] for tensor in splits["train"])
+    network, unsure = ff.Network(x.shape[1], config, seed), torch.ones(n, dtype=torch.bool)
+    losses = [ff.plain_pass(network, x, y, shape, seed, number, unsure) for number in range(config.passes)]
+    return network, losses, unsure
+
+
+def trained(config, engine, seed=0, n=1000, threads=1):
+    """The network, what was recorded, and who was unsure, after training on n strokes."""
+    splits, shape, _ = strokes()
+    x, y = (tensor[:n] for tensor in splits["train"])
+    with torch.inference_mode():
+        network = ff.Network(x.shape[1], config, seed, engine)
+        unsure, crew, found = torch.ones(n, dtype=torch.bool), ff.Threads(threads), []
+        for number in range(config.passes):
+            inputs = x.to(engine.dtype)
+            found.append(ff.train_pass(network, inputs, y, shape, seed, number, crew, unsure))
+    return network, found, unsure
+
+
+def errors_of(network):
+    """In percent, by every way to read out, on 1,000 strokes that were not trained on."""
+    x, y = (tensor[:1000] for tensor in strokes()[0]["test"])
+    with torch.inference_mode():
+        _, _, misses = ff.evaluate(network, x.to(network.engine.dtype), y)
+    return {way: count / 10 for way, count in misses.items()}
+
+
+def distance(a, b):
+    """Of all that two networks have learned, the largest distance as a share of the length."""
+    pairs = [(b.state_dict()[name], tensor) for name, tensor in a.state_dict().items()]
+    for layer, other in zip(a.layers, b.layers):
+        pairs += [(other.velocity, layer.velocity), (other.mean_activity, layer.mean_activity)]
+    return max(float((mine - true).norm() / true.norm()) for mine, true in pairs)
+
+
+FAST = {
+    "hard negatives and jitter": {},
+    "random negatives": {"negatives": "random", "jitter": 0},
+    "three parts": {"parts": 3},
+    "skipping": {"skip_threshold": 0.3, "revisit_prob": 0.5},
+    "another goodness": {"goodness": "neg-ssq", "layers": 3},
+}
+
+
+@pytest.mark.parametrize("changes", FAST.values(), ids=FAST.keys())
+def test_passes_are_those_of_the_plain_method(engine, changes):
+    """After twenty steps: losses, weights, and who is shown again.
+
+    Measured over 8 seeds and both engines: distances of at most 2.5e-4, and losses 2e-5 apart. (Steps amplify
+    rounding.) A learning rate that is 1% higher makes a distance of 0.09 or more.
+    """
+    config = LEARNS._replace(passes=2, batch_size=20, weight_decay=0.1, head_weight_decay=0.2, **changes)
+    plain, losses, unsure = train_plainly(config, 200)
+    network, records, seen = trained(config, engine, n=200, threads=2)
+    assert distance(plain, network) < 2.5e-3
+    for own, record in zip(losses, records):
+        assert record["layer_losses"] == pytest.approx(own.tolist(), rel=2e-4)
+    assert torch.equal(unsure, seen)
+    if config.skip_threshold:
+        assert 0 < int(unsure.sum()) < 200 and records[1]["shown"] < 200
+    assert distance(plain, train_plainly(config._replace(lr=1.01 * config.lr), 200)[0]) > 0.05
+
+
+def test_the_number_of_threads_changes_nothing(engine):
+    config = LEARNS._replace(parts=3, passes=2, batch_size=70)
+    networks = [trained(config, engine, n=300, threads=threads)[0] for threads in (1, 2, 5)]
+    assert distance(networks[0], networks[1]) == distance(networks[0], networks[2]) == 0
+    whole = trained(config._replace(parts=1), engine, n=300)[0]
+    assert 0 < distance(whole, networks[0]) < 2.5e-3  # what parts change is rounding
+
+
+@quick
+def test_parts_are_contiguous_and_not_empty():
+    for first, last, parts in ((0, 10, 3), (5, 7, 4), (0, 1, 1), (3, 3, 2)):
+        slices = ff.cut(first, last, parts)
+        assert [k for part in slices for k in range(part.start, part.stop)] == list(range(first, last))
+        assert len(slices) == min(parts, last - first) and all(part.start < part.stop for part in slices)
+
+
+def test_precisions_learn_equally_well():
+    """From the same seed, the errors are nearly the same. Measured over six seeds: 1 point apart at most."""
+    config = LEARNS._replace(width=32, passes=2)
+    single, half = (
+        np.array(
+            [errors_of(trained(config, engine_of("c", dtype), seed, 500)[0])["all"] for seed in range(3)]
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert single.mean() < 85  # of 90% without a network; measured: 81
+    assert np.abs(single - half).max() < 4 < np.ptp(single)
+    assert not np.array_equal(single, half)  # it is not one precision twice
+
+
+@pytest.mark.parametrize("goodness", ff.GOODNESS)
+def test_every_goodness_learns(goodness):
+    lr = {"mean-sq": 0.3, "ssq": 0.02, "neg-ssq": 0.02, "sum": 0.02}[goodness]
+    network, records, _ = trained(LEARNS._replace(goodness=goodness, lr=lr), engine_of("torch"))
+    errors, (first, *_, last) = errors_of(network), records
+    assert errors["softmax"] < 65 and errors["all"] < 85  # of 90% without a network; measured: 49, 74
+    assert all(b < a for a, b in zip(first["layer_losses"], last["layer_losses"]))
+    assert sum(last["layer_errors"]) < sum(first["layer_errors"])
+    assert last["softmax_error"] < first["softmax_error"]
+
+
+@quick
+def test_every_example_is_seen_once_a_pass_at_rates_that_fall(monkeypatch):
+    seen, steps, gradients = [], [], ff.gradients
+    monkeypatch.setattr(ff, "step", lambda network, found, n, rate, threads: steps.append((n, rate)))
+
+    def watched(network, images, labels, chance):
+        seen.append((images.clone(), labels.clone(), chance.clone()))
+        return gradients(network, images, labels, chance)
+
+    monkeypatch.setattr(ff, "gradients", watched)
+    config = CONFIG._replace(passes=4, batch_size=30, lr_hold=0.5)
+    inputs, labels, _ = examples(100)
+    network = network_of(config)
+    orders, unsure = [], torch.ones(100, dtype=torch.bool)
+    for number in range(4):
+        seen.clear()
+        record = ff.train_pass(network, inputs, labels, None, 7, number, ff.Threads(1), unsure)
+        images = torch.cat([images for images, _, _ in seen])
+        order = torch.cdist(images, inputs).argmin(dim=1)
+        assert torch.equal(inputs[order], images) and sorted(order.tolist()) == list(range(100))
+        assert torch.equal(labels[order], torch.cat([labels for _, labels, _ in seen]))
+        chance = torch.cat([chance for *_, chance in seen])
+        assert 0 <= chance.min() and chance.max() < 1 and len(set(chance.tolist())) > 90
+        orders.append(tuple(order.tolist()))
+        assert all(0 <= error <= 100 for error in [*record["layer_errors"], record["softmax_error"]])
+    assert len(set(orders)) == 4
+    assert [n for n, _ in steps] == [30, 30, 30, 10] * 4
+    falling = [2 * (1 - (number + first / 100) / 4) for number in (2, 3) for first in (0, 30, 60, 90)]
+    assert [rate for _, rate in steps] == pytest.approx([1.0] * 8 + falling)
+    steps.clear()
+    network.config = config._replace(lr_hold=1.0)
+    ff.train_pass(network, inputs, labels, None, 7, 3, ff.Threads(1), unsure)
+    assert {rate for _, rate in steps} == {1}
+
+
+@quick
+def test_images_that_all_layers_are_sure_of_are_revisited_now_and_then(monkeypatch):
+    """The unsure are shown in every pass, the others by chance. What counts is the last time."""
+    seen, gradients = [], ff.gradients
+    inputs, labels, _ = examples(400)
+    config = CONFIG._replace(layers=1, skip_threshold=0.9, revisit_prob=0.25, batch_size=30, passes=9)
+    network = network_of(config)
+
+    def watched(network, images, labels, chance):
+        found = gradients(network, images, labels, chance)
+        seen.append((torch.cdist(images, inputs).argmin(dim=1), found.unsure))
+        return found
+
+    monkeypatch.setattr(ff, "gradients", watched)
+    unsure = torch.arange(400) < 100
+    for number in range(4):
+        before = unsure.clone()
+        seen.clear()
+        record = ff.train_pass(network, inputs, labels, None, 7, number, ff.Threads(1), unsure)
+        order, judged = (torch.cat(each) for each in zip(*seen))
+        assert len(set(order.tolist())) == len(order) == record["shown"]
+        shown = torch.zeros(400, dtype=torch.bool)
+        shown[order] = True
+        assert shown[before].all()
+        sure = int((~before).sum())
+        assert abs(int((shown & ~before).sum()) - sure / 4) < 4.5 * (sure * 3 / 16) ** 0.5
+        assert torch.equal(unsure[order], judged) and torch.equal(unsure[~shown], before[~shown])
+        assert 0 < judged.sum() < len(judged)
+
+
+# Negatives
+
+
+@quick
 @pytest.mark.parametrize(
     "logits", ["none", "flat", "normal", "big", "on the true", "on another", "off the true"]
 )
@@ -369,105 +537,69 @@ def test_a_negative_never_has_the_true_label(logits):
         "on another": 1e4 * true.roll(1, dims=1),
         "off the true": -1e4 * true,
     }[logits]
-    drawn = ff.draw_negatives(labels, chance, given)
-    assert drawn.dtype == torch.int64 and drawn.shape == labels.shape
-    assert 0 <= drawn.min() and drawn.max() < ff.LABELS
-    assert (drawn != labels).all()
+    sampled = ff.sample_negatives(labels, chance, given)
+    assert sampled.dtype == torch.int64 and sampled.shape == labels.shape
+    assert 0 <= sampled.min() and sampled.max() < ff.LABELS
+    assert (sampled != labels).all()
     if logits == "on another":  # but for a part in 10^8
-        assert (drawn == (labels + 1) % 10).float().mean() > 0.99
-    else:  # from end to end: every wrong label is drawn
-        pairs = set(zip(labels.tolist(), drawn.tolist()))
+        assert (sampled == (labels + 1) % 10).float().mean() > 0.99
+    else:  # from end to end: every wrong label is sampled
+        pairs = set(zip(labels.tolist(), sampled.tolist()))
         assert len(pairs) == 90
 
 
-def chi_squared(labels, drawn, probabilities):
-    """Of how often each wrong label was drawn for each true one; 80 degrees of freedom."""
+def chi_squared(labels, sampled, probabilities):
+    """Of how often each wrong label was sampled for each true one; 80 degrees of freedom."""
     total = 0.0
     for label in range(ff.LABELS):
-        counts = torch.bincount(drawn[labels == label], minlength=10)
+        counts = torch.bincount(sampled[labels == label], minlength=10)
         wrong = torch.arange(10) != label
         expected = probabilities[wrong] / probabilities[wrong].sum() * counts.sum()
         total += ((counts[wrong] - expected) ** 2 / expected).sum().item()
     return total
 
 
-def test_negatives_are_drawn_in_proportion():
+@quick
+def test_negatives_are_sampled_in_proportion():
     n, generator = 200_000, torch.Generator().manual_seed(0)
     chance, labels = torch.rand(n, generator=generator), torch.arange(n) % 10
     logits = torch.linspace(-1, 1, 10)[torch.randperm(10, generator=generator)]
     limit = 124.8  # the 99.9% quantile of 80 degrees of freedom
-    hard = ff.draw_negatives(labels, chance, logits.expand(n, -1))
+    hard = ff.sample_negatives(labels, chance, logits.expand(n, -1))
     assert chi_squared(labels, hard, torch.softmax(logits, dim=0)) < limit
-    uniform = ff.draw_negatives(labels, chance)
+    uniform = ff.sample_negatives(labels, chance)
     assert chi_squared(labels, uniform, torch.ones(10)) < limit
     assert chi_squared(labels, uniform, torch.softmax(logits, dim=0)) > 10 * limit  # it can fail
     assert chi_squared(labels, hard, torch.ones(10)) > 10 * limit
 
 
-# Its state
+# The network and its answers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # what is rounded is taken over too
-@pytest.mark.parametrize("layers", [1, 2, 4])
-def test_the_state_holds_every_layer(layers, dtype, tmp_path):
-    recipe = RECIPE._replace(layers=layers)
-    engine = ff.Reference(dtype)
-    network, images = network_of(recipe, engine), examples()[0].to(dtype)
-    shapes = {"head": (layers * 17, 10)}
-    for number in range(1, layers + 1):
-        shapes |= {f"weights{number}": (17 if number > 1 else INPUTS, 17), f"biases{number}": (17,)}
-    state = network.state_dict()
-    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes
-    assert all(tensor.dtype == torch.float32 for tensor in state.values())
-    answers, softmax = ff.read_out(network, images)
-    utils.write_whole(tmp_path / "w.npz", utils.npz_bytes(**{name: t.numpy() for name, t in state.items()}))
-    with np.load(tmp_path / "w.npz", allow_pickle=False) as arrays:
-        for given in (state, arrays):
-            other = network_of(recipe, engine, seed=5)
-            assert not torch.equal(ff.read_out(other, images)[0], answers)
-            other.load_state_dict(given)
-            again, softmax_again = ff.read_out(other, images)
-            assert torch.equal(again, answers) and torch.equal(softmax_again, softmax)
-    for name, tensor in state.items():  # none is left out that an answer depends on
-        kept = tensor.clone()
-        tensor.mul_(-0.5)
-        network.load_state_dict(state)
-        changed = ff.read_out(network, images)
-        assert not (torch.equal(changed[0], answers) and torch.equal(changed[1], softmax)), name
-        tensor.copy_(kept)
-    for wrong in (
-        {name: tensor for name, tensor in state.items() if name != "head"},
-        state | {"weights9": state["weights1"]},
-        {name.upper(): tensor for name, tensor in state.items()},
-        {},
-    ):
-        with pytest.raises(ValueError, match="not the tensors of this network"):
-            network.load_state_dict(wrong)
-
-
+@quick
 def test_a_network_begins_as_described():
-    recipe = RECIPE._replace(layers=2, width=500)
-    first, again, other = (ff.Network(256, recipe, seed, ff.Reference(torch.float32)) for seed in (1, 1, 2))
+    config = CONFIG._replace(layers=2, width=500)
+    first, again, other = (ff.Network(256, config, seed) for seed in (1, 1, 2))
     for inputs, a, b, c in zip((256, 500), first.layers, again.layers, other.layers):
         assert torch.equal(a.weights, b.weights) and not torch.equal(a.weights, c.weights)
         assert float(a.weights.std()) == pytest.approx(inputs**-0.5, rel=0.01)
         assert abs(float(a.weights.mean())) < 5 * (inputs * 500 * inputs) ** -0.5
-        assert not a.biases.any() and not a.smooth.any() and (a.active == 0.5).all()
-    assert not first.head.any()
+        assert not a.biases.any() and not a.velocity.any() and (a.mean_activity == 0.5).all()
+        assert torch.equal(a.weights_lowp, a.weights)
+    assert not first.head.any() and not first.head_velocity.any()
 
 
-# Answers
-
-
+@quick
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("goodness", ff.GOODNESS)
-def test_every_way_to_read_out_is_the_direct_one(engine, goodness, layers):
-    recipe = RECIPE._replace(layers=layers, goodness=goodness)
-    network, (images, labels, _) = network_of(recipe, engine), examples(40)
-    p = doubled(network)
-    tried = [labelled(images, torch.full_like(labels, label), recipe) for label in range(10)]
-    logits = torch.stack([torch.stack([g for _, _, g in naive_layers(p, x, recipe)]) for x in tried], dim=2)
-    expected = {"all": logits.sum(dim=0), "softmax": naive_softmax(p, images, recipe)}
+def test_every_way_to_read_out_is_the_plain_one(engine, goodness, layers):
+    config = CONFIG._replace(layers=layers, goodness=goodness)
+    network, (images, labels, _) = network_of(config, engine), examples(40)
+    logits = ff.plain_read_out(doubled(network), images.double())
+    found, softmax = ff.read_out(network, images, 7)
+    torch.testing.assert_close(found.double(), logits, rtol=1e-5, atol=1e-4)
+    expected = {"all": logits.sum(dim=0), "softmax": softmax_of(doubled(network), images.double())}
+    torch.testing.assert_close(softmax.double(), expected["softmax"], rtol=1e-5, atol=1e-5)
     expected["skip-first"] = logits[1:].sum(dim=0) if layers > 1 else expected["all"]
     true = {way: int((answers.argmax(dim=1) != labels).sum()) for way, answers in expected.items()}
     for way, answers in expected.items():
@@ -478,161 +610,38 @@ def test_every_way_to_read_out_is_the_direct_one(engine, goodness, layers):
         assert len({ff.evaluate(network, images, labels, way)[0] for way in expected}) == 3
 
 
-@pytest.mark.parametrize("n", [1, 20, 23])
-def test_parts_that_do_not_divide_change_nothing(engine, n):
-    network, (images, *_) = network_of(RECIPE, engine), examples(n)
-    whole, softmax = ff.read_out(network, images)
-    assert whole.shape == (2, n, 10) and softmax.shape == (n, 10)
-    for at_a_time in (1, 7, 20, 22):
-        parts, of_softmax = ff.read_out(network, images, at_a_time)
-        # A product of fewer rows adds up in another order.
-        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(of_softmax, softmax, rtol=1e-5, atol=1e-5)
-        assert torch.equal(parts.sum(dim=0).argmax(dim=1), whole.sum(dim=0).argmax(dim=1))
-
-
-# Training
-
-
-def trained(recipe, engine, seed=0, n=1000, threads=1):
-    """Errors in percent of all ways to read out, on 1,000 strokes, after training on n others."""
-    splits, shape, _ = strokes()
-    (x, y), (x_test, y_test) = splits["train"], splits["test"]
-    with torch.inference_mode():
-        network = ff.Network(x.shape[1], recipe, seed, engine)
-        inputs, crew = x[:n].to(engine.dtype), ff.Threads(threads)
-        unsure, logs = torch.ones(n, dtype=torch.bool), []
-        for epoch in range(recipe.epochs):
-            logs.append(ff.train_epoch(network, inputs, y[:n], shape, seed, epoch, crew, unsure))
-        _, _, misses = ff.evaluate(network, x_test[:1000].to(engine.dtype), y_test[:1000])
-    return {way: count / 10 for way, count in misses.items()}, logs, network
-
-
-LEARNS = RECIPE._replace(width=64, jitter=1, negatives="hard", peer=0.03, label=5.0)
-LEARNING = [
-    word for name, value in LEARNS._asdict().items() for word in (f"--{name.replace('_', '-')}", value)
-]
-
-
-def test_precisions_learn_equally_well():
-    """Five seeds: the mean difference is within what seeds alone make of it."""
-    errors = {
-        dtype: np.array([trained(LEARNS, engine_of("c", dtype), seed)[0]["all"] for seed in range(5)])
-        for dtype in (torch.float32, torch.bfloat16)
-    }
-    single, half = errors.values()
-    assert single.max() < 50 and half.max() < 50  # of 90% without a network; measured: 37.5, 36.7
-    spread = max(5, np.std(single, ddof=1), np.std(half, ddof=1))
-    assert abs(single.mean() - half.mean()) < 3 * spread * (2 / 5) ** 0.5
-    assert not np.array_equal(single, half)  # it is not one precision twice
-
-
-@pytest.mark.parametrize("goodness", ff.GOODNESS)
-def test_every_goodness_learns(goodness):
-    lr = {"mean-sq": 0.3, "ssq": 0.02, "neg-ssq": 0.02, "sum": 0.02}[goodness]
-    errors, logs, _ = trained(LEARNS._replace(goodness=goodness, lr=lr), engine_of("torch"))
-    assert errors["softmax"] < 65 and errors["all"] < 85  # of 90% without a network; measured: 49, 74
-    for first, last in zip(logs[0]["layer_losses"], logs[-1]["layer_losses"]):
-        assert last < first
-    assert sum(logs[-1]["layer_errors"]) < sum(logs[0]["layer_errors"])
-    assert logs[-1]["softmax_error"] < logs[0]["softmax_error"]
-
-
-def test_two_threads_have_the_gradient_of_one(engine):
-    """Of one batch to rounding: parts of it add up, and each takes a half of the step."""
-    recipe = LEARNS._replace(batch_size=60, epochs=2)
-    (_, logs, one), (_, logs2, two) = (trained(recipe, engine, n=60, threads=t) for t in (1, 2))
-    for name, tensor in one.state_dict().items():
-        # Measured after two steps: 3e-8.
-        torch.testing.assert_close(two.state_dict()[name], tensor, rtol=1e-5, atol=2e-6)
-    for layer, other in zip(one.layers, two.layers):
-        torch.testing.assert_close(layer.active, other.active, rtol=1e-5, atol=1e-6)
-    for a, b in zip(logs, logs2):
-        assert a["layer_losses"] == pytest.approx(b["layer_losses"], rel=1e-5)
-        assert a["softmax_error"] == b["softmax_error"]
-    once = ff.Network(256, recipe, 0, engine)
-    assert (once.layers[0].weights - one.layers[0].weights).abs().max() > 1e-3  # far more than is allowed
-
-
-def test_two_threads_learn_as_well():
-    one, two = (trained(LEARNS, engine_of("c"), threads=threads)[0] for threads in (1, 2))
-    assert two["all"] < 50 and two["softmax"] < 50
-    assert abs(one["all"] - two["all"]) < 15
-    again = trained(LEARNS, engine_of("c"), threads=2)[0]
-    assert again == two
-
-
-def test_engines_train_the_same_network():
-    """The same chance in the same order: after 10 batches the weights differ by rounding alone."""
-    recipe = LEARNS._replace(epochs=1, lr=0.002, negatives="random")
-    a, b = (trained(recipe, engine_of(name), n=500)[2] for name in ("torch", "c"))
-    for name, tensor in a.state_dict().items():
-        torch.testing.assert_close(b.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)  # measured: 1.8e-7
-
-
-def test_every_example_is_seen_once_a_pass_at_rates_that_fall(monkeypatch):
-    seen, steps, differentiate = [], [], ff.differentiate
-    monkeypatch.setattr(ff, "step", lambda network, gradients, n, rate, threads: steps.append((n, rate)))
-
-    def watched(network, images, labels, chance):
-        seen.append((images.clone(), labels.clone(), chance.clone()))
-        return differentiate(network, images, labels, chance)
-
-    monkeypatch.setattr(ff, "differentiate", watched)
-    recipe = RECIPE._replace(epochs=4, batch_size=30, held=0.5)
-    inputs, labels, _ = examples(100)
-    network = network_of(recipe)
-    orders, unsure = [], torch.ones(100, dtype=torch.bool)
-    for epoch in range(4):
-        seen.clear()
-        log = ff.train_epoch(network, inputs, labels, None, 7, epoch, ff.Threads(1), unsure)
-        images = torch.cat([images for images, _, _ in seen])
-        order = torch.cdist(images, inputs).argmin(dim=1)
-        assert torch.equal(inputs[order], images) and sorted(order.tolist()) == list(range(100))
-        assert torch.equal(labels[order], torch.cat([labels for _, labels, _ in seen]))
-        chance = torch.cat([chance for *_, chance in seen])
-        assert 0 <= chance.min() and chance.max() < 1 and len(set(chance.tolist())) > 90
-        orders.append(tuple(order.tolist()))
-        assert all(0 <= error <= 100 for error in [*log["layer_errors"], log["softmax_error"]])
-    assert len(set(orders)) == 4
-    assert [n for n, _ in steps] == [30, 30, 30, 10] * 4
-    expected = [1.0] * 8 + [
-        2 * (1 - (epoch + first / 100) / 4) for epoch in (2, 3) for first in (0, 30, 60, 90)
-    ]
-    assert [rate for _, rate in steps] == pytest.approx(expected)
-    steps.clear()
-    network.recipe = recipe._replace(held=1.0)
-    ff.train_epoch(network, inputs, labels, None, 7, 3, ff.Threads(1), unsure)
-    assert {rate for _, rate in steps} == {1}
-
-
-def test_what_all_layers_are_sure_of_is_reviewed_now_and_then(monkeypatch):
-    """The unsure are shown in every pass, the others by chance; what counts is their last time."""
-    seen, differentiate = [], ff.differentiate
-    inputs, labels, _ = examples(400)
-    network = network_of(RECIPE._replace(layers=1, sure=0.9, review=0.25, batch_size=30, epochs=9))
-
-    def watched(network, images, labels, chance):
-        gradient = differentiate(network, images, labels, chance)
-        seen.append((torch.cdist(images, inputs).argmin(dim=1), gradient.unsure))
-        return gradient
-
-    monkeypatch.setattr(ff, "differentiate", watched)
-    unsure = torch.arange(400) < 100
-    for epoch in range(4):
-        before = unsure.clone()
-        seen.clear()
-        log = ff.train_epoch(network, inputs, labels, None, 7, epoch, ff.Threads(1), unsure)
-        order, judged = (torch.cat(each) for each in zip(*seen))
-        assert len(set(order.tolist())) == len(order) == log["shown"]
-        shown = torch.zeros(400, dtype=torch.bool)
-        shown[order] = True
-        assert shown[before].all()
-        sure = int((~before).sum())
-        reviewed = int((shown & ~before).sum())
-        assert abs(reviewed - sure / 4) < 4.5 * (sure * 3 / 16) ** 0.5
-        assert torch.equal(unsure[order], judged) and torch.equal(unsure[~shown], before[~shown])
-        assert 0 < judged.sum() < len(judged)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # weights_lowp is to be loaded, too
+@pytest.mark.parametrize("layers", [1, 3])
+def test_saved_weights_give_the_same_answers(layers, dtype, tmp_path):
+    config, engine = CONFIG._replace(layers=layers), ff.TorchOps(dtype)
+    network, images = network_of(config, engine), examples()[0].to(dtype)
+    state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    answers, path = ff.read_out(network, images), tmp_path / "weights.npz"
+    save_weights(path, "forward_forward", config._asdict(), "", state)
+    again = ff.load_network(path, engine)
+    assert again.config == config
+    assert all(map(torch.equal, ff.read_out(again, images), answers))
+    for name, array in state.items():  # none is left out that an answer depends on
+        save_weights(path, "forward_forward", config._asdict(), "", state | {name: -0.5 * array})
+        assert not all(map(torch.equal, ff.read_out(ff.load_network(path, engine), images), answers)), name
+    fewer = {name: array for name, array in state.items() if name != "head"}
+    for changes, arrays in (
+        ({}, fewer),
+        ({}, state | {"weights9": state["weights1"]}),
+        ({}, state | {"head": state["head"][1:]}),
+        ({"width": 16}, state),
+        ({"layers": 2}, state),
+        ({"width": "wide"}, state),
+    ):
+        save_weights(path, "forward_forward", config._asdict() | changes, "", arrays)
+        with pytest.raises(utils.BadRequest, match="weights.npz is damaged"):
+            ff.load_network(path, engine)
+    save_weights(path, "lecun1989", config._asdict(), "", state)
+    with pytest.raises(utils.BadRequest, match="another network"):
+        ff.load_network(path, engine)
+    save_weights(path, "forward_forward", {"width": 17}, "", state)
+    with pytest.raises(utils.BadRequest, match="is damaged"):
+        ff.load_network(path, engine)
 
 
 # Data
@@ -651,8 +660,8 @@ def test_inputs_leave_room_for_the_label(name):
     assert not ff.normalise(torch.zeros(1, 256)).any()
 
 
-def test_validation_takes_the_last_to_train_on():
-    whole, _, digest = ff.load("strokes")
+def test_validation_takes_the_last_training_examples():
+    whole, _, digest = strokes()
     splits, _, same = ff.load("strokes", validation=1000)
     assert list(splits) == ["train", "validation"] and same == digest
     for number in range(2):
@@ -660,109 +669,192 @@ def test_validation_takes_the_last_to_train_on():
         assert torch.equal(both, whole["train"][number]) and len(splits["validation"][number]) == 1000
 
 
+# Config
+
+
+CHOSEN = {
+    "data": "usps", "validation": 7, "layers": 3, "width": 11, "goodness": "neg-ssq", "threshold": 0.25,
+    "label_scale": 2.5, "passes": 7, "jitter": 5, "negatives": "random", "batch_size": 33, "parts": 3,
+    "lr": 0.0123, "lr_hold": 0.75, "momentum": 0.5, "weight_decay": 0.02, "skip_threshold": 0.2,
+    "revisit_prob": 0.6, "peer": 0.4, "head_lr": 0.07, "head_weight_decay": 0.005, "precision": "fp32",
+    "read_out": "softmax",
+}  # fmt: skip
+
+
+@quick
+def test_every_flag_reaches_the_config():
+    assert list(CHOSEN) == list(ff.Config._fields) and set(CHOSEN) == set(ff.FLAGS)
+    assert all(value != getattr(ff.Config(), field) for field, value in CHOSEN.items())
+    words = [word for field, value in CHOSEN.items() for word in (f"--{field.replace('_', '-')}", str(value))]
+    args, changes = ff.parse_flags(words)
+    assert changes == CHOSEN and ff.make_config(args.preset, **changes)._asdict() == CHOSEN
+    args, changes = ff.parse_flags(["--precision", "bf16"])
+    assert ff.make_config(args.preset, **changes) == ff.Config()
+
+
+@quick
+def test_presets_and_goodness_change_the_defaults():
+    for preset, changes in ff.PRESETS.items():
+        config = ff.make_config(preset)
+        assert config == ff.Config()._replace(**changes)
+        assert ff.make_config(preset, lr=0.5, goodness="neg-ssq") == config._replace(
+            lr=0.5, goodness="neg-ssq"
+        )
+    for goodness, suited in ff.GOODNESS_DEFAULTS.items():
+        config = ff.Config()._replace(goodness=goodness, **suited)
+        assert ff.make_config(goodness=goodness) == config != ff.Config()
+        assert ff.make_config(goodness=goodness, lr=0.5) == config._replace(lr=0.5)
+    assert ff.make_config(data="mnist1d").jitter == 0
+    with pytest.raises(ValueError, match="epochs"):
+        ff.make_config(epochs=3)
+
+
+CHANGES = {
+    field: value
+    for field, value in CHOSEN.items()
+    if field not in ("data", "validation", "precision", "read_out", "passes")
+}
+
+
+@pytest.mark.parametrize("field, value", CHANGES.items())
+def test_every_field_of_the_config_changes_what_is_trained(field, value):
+    """From the same seed. (One that is parsed and not used would change nothing.)"""
+    config = LEARNS._replace(passes=3, width=12, skip_threshold=0.9, revisit_prob=0.1)  # some are skipped
+
+    def losses(config):
+        network, records, _ = trained(config, engine_of("torch"), n=150)
+        sums = [tensor.sum() for tensor in network.state_dict().values()]
+        return [record["layer_losses"] for record in records], sums
+
+    assert losses(config._replace(**{field: value})) != losses(config)
+    assert losses(config) == losses(config)
+
+
+COMMITTED = {
+    "mnist": {},
+    "mnist-permutation-invariant": {"preset": "permutation-invariant"},
+    "mnist-hinton": {"preset": "hinton"},
+    "mnist-width1000-passes100-jitter2-parts2": {"width": 1000, "passes": 100, "jitter": 2, "parts": 2},
+    "mnist-width1000-passes260-jitter2-parts2": {"width": 1000, "passes": 260, "jitter": 2, "parts": 2},
+}
+
+
+@quick
+def test_committed_runs_are_of_the_config_that_their_names_say():
+    """A preset that is changed makes its committed run stale: train it again, or give it another name."""
+    folder = ROOT / "results" / "forward_forward"
+    assert {path.stem for path in folder.glob("*.jsonl")} == set(COMMITTED)
+    for name, changes in COMMITTED.items():
+        run = runs.read_run(folder / f"{name}.jsonl")
+        assert run.config == ff.make_config(**changes)._asdict(), f"{name} is stale"
+        for seed, records in run.records.items():
+            running = [record for record in records if record["split"] == "running"]
+            assert [record["pass"] for record in running] == list(range(1, run.config["passes"] + 1)), seed
+            assert [record["split"] for record in records[-2:]] == ["train", "test"]
+        assert (folder / f"{name}.log").read_text() == "".join(
+            runs.eval_log(records) for _, records in sorted(run.records.items())
+        )
+
+
 # Runs
 
 
-def run(out, *flags, quick=QUIET):
-    """The folder of a run that went well."""
+def run(out, *flags, quick=NO_FIGURES):
+    """The only run in a folder, after main went well."""
     assert ff.main([*quick, *map(str, flags), "--out", str(out)]) == 0
-    return out
+    (path,) = out.glob("*.jsonl")
+    return runs.read_run(path)
 
 
-def record_of(folder):
-    return json.loads((folder / "run.json").read_text())
-
-
-def without_times(path):
-    return re.sub(r'"train_seconds": [\d.]+', "", path.read_text())
+def files_of(folder):
+    """name -> bytes of all that a run writes, but for run.json, which depends on clock and machine."""
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if not path.name.endswith((".run.json", ".lock"))
+    }
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Two replicas, with all that is drawn."""
-    return run(tmp_path_factory.mktemp("ff") / "run", "--seed", 7, "--seeds", 2, quick=SMOKE)
+    """Two seeds, with all that is drawn."""
+    out = tmp_path_factory.mktemp("ff") / "run"
+    return run(out, "--seed", 7, "--seeds", 2, quick=QUIET)
 
 
 def test_a_run_writes_what_it_should(finished):
-    pictures = ["curves.png", "goodness.png", "activities.png", "examples.png"]
-    each = [
-        f"{start}{seed}{end}"
-        for start, end in (("seed", ".jsonl"), ("weights-seed", ".npz"))
-        for seed in (7, 8)
-    ]
-    assert {path.name for path in finished.iterdir()} == {".lock", "run.json", *pictures, *each}
-    assert all((finished / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
-    layers = ff.Recipe().layers
-    for seed in (7, 8):
-        log = utils.read_log(finished / f"seed{seed}.jsonl")
-        assert [(e["pass"], e["split"]) for e in log] == [
-            (1, "running"), (2, "running"), (2, "train"), (2, "test")
+    name = "strokes-width40-passes2-precisionfp32"
+    pictures = [f"{name}.{what}.png" for what in ("curves", "goodness", "activities", "examples")]
+    weights = [f"{name}-seed{seed}.npz" for seed in (7, 8)]
+    folder = finished.path.parent
+    assert set(files_of(folder)) == {f"{name}.jsonl", f"{name}.log", *pictures, *weights}
+    assert all((folder / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    expected = ff.make_config(data="strokes", width=40, passes=2, precision="fp32")._asdict()
+    assert finished.config == expected | {"smoke_digits": 500} and finished.data_sha256 == strokes()[2]
+    for seed, records in finished.records.items():
+        assert [(r["seed"], r["pass"], r["split"]) for r in records] == [
+            (seed, 1, "running"), (seed, 2, "running"), (seed, 2, "train"), (seed, 2, "test")
         ]  # fmt: skip
-        for e in log:
-            assert e["train_seconds"] > 0
-            assert e["presentations"] == sum(running["shown"] for running in log[: e["pass"]]) <= 1000
-        for e in log[:2]:
-            assert len(e["layer_losses"]) == len(e["layer_errors"]) == layers
-            assert 0 < e["softmax_error"] < 100 and min(e["layer_losses"]) > 0
-        for e in log[2:]:
-            assert set(e["errors"]) == {"all", "skip-first", "softmax"} and e["n"] == 500
-            assert e["errors"]["all"] == e["error"] == 100 * e["misses"] / e["n"]
-    record = record_of(finished)
-    assert record["finished"] and record["script"] == "forward_forward" and record["seeds"] == [7, 8]
-    assert record["recipe"] == ff.Recipe()._replace(epochs=2, width=40)._asdict()
-    assert record["settings"]["data"] == "strokes" and record["settings"]["smoke"] is True
-    assert record["settings"]["width"] == 40 and record["data_sha256"] == strokes()[2]
-    assert set(record["files"]) == {*pictures, *each}
+        for record in records:
+            shown = sum(running["shown"] for running in records[: record["pass"]])
+            assert record["presentations"] == shown <= 1000
+        for record in records[:2]:
+            assert len(record["layer_losses"]) == len(record["layer_errors"]) == 2
+            assert 0 < record["softmax_error"] < 100 and min(record["layer_losses"]) > 0
+        for record in records[2:]:
+            assert set(record["errors"]) == set(ff.READ_OUTS) and record["n"] == 500
+            assert record["errors"]["all"] == record["error"] == 100 * record["misses"] / record["n"]
+    session = finished.sessions[-1]
+    assert session["threads"] == 1 and session["engine"] in ("c", "torch") and session["device"] == "cpu"
 
 
-def test_the_weights_written_have_the_errors_logged(finished):
+def test_the_weights_written_have_the_errors_recorded(finished):
     """In a network of their own, on digits loaded anew."""
-    record = record_of(finished)
-    precision = record["settings"].get("precision", "bf16")
-    engine, _ = ff.pick_engine(record["engine"], "cpu", precision)
-    network = ff.Network(256, ff.Recipe(**record["recipe"]), 0, engine)
-    with np.load(finished / "weights-seed8.npz", allow_pickle=False) as arrays:
-        network.load_state_dict(arrays)
-    log = utils.read_log(finished / "seed8.jsonl")
-    for e in log[2:]:
-        x, y = strokes()[0][e["split"]]
-        loss, misses, of_all = ff.evaluate(network, x[:500].to(engine.dtype), y[:500])
-        assert (loss, misses) == (e["loss"], e["misses"])
-        assert {way: 100 * count / 500 for way, count in of_all.items()} == e["errors"]
+    path = finished.path.parent / "strokes-width40-passes2-precisionfp32-seed8.npz"
+    engine, _ = ff.pick_engine("auto", "cpu", "fp32")
+    network = ff.load_network(path, engine)
+    assert load_weights(path, "forward_forward")[:2] == (finished.config, finished.data_sha256)
+    for record in finished.records[8][2:]:
+        x, y = strokes()[0][record["split"]]
+        loss, misses, of_all = ff.evaluate(network, x[:500], y[:500])
+        assert (loss, misses) == (record["loss"], record["misses"])
+        assert {way: 100 * count / 500 for way, count in of_all.items()} == record["errors"]
 
 
 def test_again_the_same_bytes(finished, tmp_path):
-    again = run(tmp_path / "run", "--seed", 7, "--seeds", 2, quick=SMOKE)
-    for path in finished.glob("*.npz"):
-        assert path.read_bytes() == (again / path.name).read_bytes()
-    for path in finished.glob("*.png"):
-        assert path.read_bytes() == (again / path.name).read_bytes()
-    for path in finished.glob("*.jsonl"):
-        assert without_times(path) == without_times(again / path.name)
-    a, b = record_of(finished), record_of(again)
-    for record in (a, b):
-        del record["started"], record["wall_seconds"], record["flags"]["out"]
-    assert a == b
-    assert without_times(finished / "seed7.jsonl") != without_times(finished / "seed8.jsonl")
+    again, first = (
+        files_of(run(tmp_path / "run", "--seed", 7, "--seeds", 2).path.parent),
+        finished.path.parent,
+    )
+    assert len(again) == 4 and again == {name: files_of(first)[name] for name in again}
+    assert finished.records[7][0]["layer_losses"] != finished.records[8][0]["layer_losses"]
 
 
-def test_a_seed_is_the_same_in_any_run(finished, tmp_path):
-    alone = run(tmp_path / "run", "--seed", 8)
-    assert without_times(alone / "seed8.jsonl") == without_times(finished / "seed8.jsonl")
+def test_threads_never_change_a_file(finished, tmp_path):
+    """Neither those that train seeds side by side, nor those that share the parts of a batch."""
+    flags = ["--seed", 7, "--parts", 2]
+    files = []
+    for number, more in enumerate((["--seeds", 1], ["--threads", 3], ["--threads", 2, "--seeds", 2])):
+        own = run(tmp_path / str(number), *flags, *more)
+        files.append(files_of(own.path.parent))
+        assert own.records[7] == runs.read_run(next((tmp_path / "0").glob("*.jsonl"))).records[7]
+    assert files[0] == files[1]
+    three = run(
+        tmp_path / "3", "--seed", 7, "--seeds", 3, "--threads", 3
+    )  # at one part, those of a seed alone
+    assert {seed: three.records[seed] for seed in (7, 8)} == finished.records
 
 
 def test_validation_never_looks_at_the_test_split(tmp_path, monkeypatch):
-    """It is evaluated after each pass; and digits to test on that are no numbers change nothing."""
+    """It is evaluated after each pass; and test digits that are NaN change nothing."""
     flags = ("--validation", 300, "--read-out", "softmax")
-    folder, load = run(tmp_path / "run", *flags), prepro.load
-    log = utils.read_log(folder / "seed1337.jsonl")
-    assert [(e["pass"], e["split"]) for e in log] == [
+    first, load = run(tmp_path / "run", *flags), prepro.load
+    assert [(r["pass"], r["split"]) for r in first.records[1337]] == [
         (1, "running"), (1, "validation"), (2, "running"), (2, "train"), (2, "validation")
     ]  # fmt: skip
-    assert [e["n"] for e in log if e["split"] == "validation"] == [300, 300]
-    assert all(e["error"] == e["errors"]["softmax"] for e in log if "errors" in e)
-    record = record_of(folder)
-    assert (record["settings"]["validation"], record["settings"]["read_out"]) == (300, "softmax")
+    assert [r["n"] for r in first.records[1337] if r["split"] == "validation"] == [300, 300]
+    assert all(r["error"] == r["errors"]["softmax"] for r in first.records[1337] if "errors" in r)
+    assert (first.config["validation"], first.config["read_out"]) == (300, "softmax")
 
     def ruined(*given):
         digits = load(*given)
@@ -771,87 +863,14 @@ def test_validation_never_looks_at_the_test_split(tmp_path, monkeypatch):
 
     monkeypatch.setattr(prepro, "load", ruined)
     other = run(tmp_path / "other", *flags)
-    assert without_times(other / "seed1337.jsonl") == without_times(folder / "seed1337.jsonl")
-    assert (other / "weights-seed1337.npz").read_bytes() == (folder / "weights-seed1337.npz").read_bytes()
-
-
-@pytest.fixture
-def asked_by(monkeypatch):
-    """Of flags: what run.json would say, and nothing is trained."""
-    described = []
-
-    def stop(out, run):
-        described.append(run)
-        raise utils.RunFailed("far enough")
-
-    monkeypatch.setattr(utils, "run_folder", stop)
-    loaded = strokes()
-    monkeypatch.setattr(ff, "load", lambda *given: loaded)
-
-    def ask(*flags):
-        assert ff.main(["--data", "strokes", *map(str, flags)]) == 1
-        return described.pop()
-
-    return ask
-
-
-CHOSEN = {
-    "layers": 3, "width": 11, "epochs": 7, "jitter": 5, "negatives": "random", "goodness": "neg-ssq",
-    "threshold": 0.25, "label": 2.5, "batch_size": 33, "lr": 0.0123, "held": 0.75, "smoothing": 0.5,
-    "weight_decay": 0.02, "sure": 0.2, "review": 0.6, "peer": 0.4, "head_lr": 0.07,
-    "head_weight_decay": 0.005,
-}  # fmt: skip
-
-
-def test_every_flag_of_the_recipe_is_used(asked_by):
-    assert set(CHOSEN) == set(ff.Recipe._fields)
-    for name, value in CHOSEN.items():
-        run = asked_by(f"--{name.replace('_', '-')}", value)
-        assert run["recipe"] == ff.Recipe()._replace(**{name: value})._asdict(), name
-        assert run["settings"][name] == value
-    everything = [word for name, value in CHOSEN.items() for word in (f"--{name.replace('_', '-')}", value)]
-    assert asked_by(*everything)["recipe"] == CHOSEN
-    assert asked_by()["recipe"] == ff.Recipe()._asdict()
-    for name, value in ff.Recipe()._asdict().items():  # what is given as it is anyway names nothing
-        assert asked_by(f"--{name.replace('_', '-')}", value)["settings"] == asked_by()["settings"]
-
-
-def test_every_goodness_has_a_rate_at_which_it_learns(asked_by):
-    for goodness, suited in ff.SUITED.items():
-        recipe = ff.Recipe()._replace(goodness=goodness, **suited)._asdict()
-        assert asked_by("--goodness", goodness)["recipe"] == recipe != ff.Recipe()._asdict()
-        assert asked_by("--goodness", goodness, "--lr", 0.5)["recipe"] == recipe | {"lr": 0.5}
-
-
-def test_the_recipe_of_another_can_be_changed(asked_by):
-    for name in ("hinton", "hinton-jitter"):
-        recipe = asked_by("--as", name)["recipe"]
-        assert recipe == ff.Recipe(**ff.SETTINGS[name])._asdict() and recipe["layers"] == 4
-        assert asked_by("--as", name, "--width", 50)["recipe"] == recipe | {"width": 50}
-        assert asked_by("--as", name, "--smoke")["recipe"]["epochs"] == 2
-
-
-@pytest.mark.parametrize("name, value", [item for item in CHOSEN.items() if item[0] != "epochs"])
-def test_every_field_of_the_recipe_changes_what_is_trained(name, value):
-    """From the same seed: one that is parsed, and not used, would change nothing."""
-    recipe = LEARNS._replace(epochs=3, width=12, sure=0.9, review=0.1)  # so that some are skipped
-
-    def losses(recipe):
-        _, logs, network = trained(recipe, engine_of("torch"), n=150)
-        return [log["layer_losses"] for log in logs], [
-            tensor.sum() for tensor in network.state_dict().values()
-        ]
-
-    assert losses(recipe._replace(**{name: value})) != losses(recipe)
-    assert losses(recipe) == losses(recipe)
+    assert other.records == first.records and other.data_sha256 != first.data_sha256
 
 
 def test_mnist1d_has_no_pictures_of_examples(tmp_path, capsys):
-    flags = ["--data", "mnist1d", "--smoke", "--width", "40", "--threads", "1"]
-    assert ff.main([*flags, "--out", str(tmp_path / "run")]) == 0
-    names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {"curves.png", "goodness.png", "activities.png"} <= names and "examples.png" not in names
-    assert record_of(tmp_path / "run")["recipe"]["jitter"] == 0
+    flags = ["--data", "mnist1d", "--smoke", "--width", "40", "--threads", "1", "--quiet"]
+    found = run(tmp_path / "run", quick=flags)
+    names = {path.name.split(".")[-2] for path in (tmp_path / "run").glob("*.png")}
+    assert names == {"curves", "goodness", "activities"} and found.config["jitter"] == 0
     capsys.readouterr()
     assert ff.main([*flags, "--jitter", "1", "--out", str(tmp_path / "other")]) == 2
     one_sentence(capsys.readouterr().err, "--jitter", "mnist1d")
@@ -859,126 +878,100 @@ def test_mnist1d_has_no_pictures_of_examples(tmp_path, capsys):
 
 
 def test_usps(usps_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepro, "DATA", tmp_path / "data")
-    folder = run(tmp_path / "run", *LEARNING, "--data", "usps", "--data-root", usps_root)
-    assert record_of(folder)["settings"]["data"] == "usps"
-    assert utils.read_log(folder / "seed1337.jsonl")[-1]["errors"]["softmax"] < 80
+    monkeypatch.setattr(sources, "DATA", tmp_path / "data")
+    found = run(tmp_path / "run", *LEARNING, "--data", "usps", "--data-root", usps_root)
+    assert found.config["data"] == "usps"
+    assert found.final("test")[0]["errors"]["softmax"] < 80
 
 
-def test_more_than_one_thread(tmp_path):
-    folder = run(tmp_path / "run", *LEARNING, "--threads", 3)
-    assert record_of(folder)["threads"] == 3
-    assert utils.read_log(folder / "seed1337.jsonl")[-1]["errors"]["softmax"] < 80
-
-
-@pytest.mark.parametrize("engine, precision", [("torch", "fp32"), ("torch", "bf16"), ("c", "fp32")])
+@pytest.mark.parametrize("engine, precision", [("torch", "fp32"), ("torch", "bf16"), ("c", "bf16")])
 def test_engines_and_precisions(engine, precision, tmp_path):
     engine_of(engine)
-    folder = run(tmp_path / "run", *LEARNING, "--engine", engine, "--precision", precision)
-    record = record_of(folder)
-    assert record["engine"] == engine
-    assert record["settings"].get("precision") == ("fp32" if precision == "fp32" else None)
-    assert utils.read_log(folder / "seed1337.jsonl")[-1]["errors"]["softmax"] < 80
+    found = run(tmp_path / "run", *LEARNING, "--engine", engine, "--precision", precision)
+    assert found.sessions[-1]["engine"] == engine and found.config["precision"] == precision
+    assert found.final("test")[0]["errors"]["softmax"] < 80
 
 
 def test_without_a_compiler(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CC", "no-such-compiler")
-    folder = run(tmp_path / "run")
-    assert record_of(folder)["engine"] == "torch"
+    assert run(tmp_path / "run").sessions[-1]["engine"] == "torch"
     one_sentence(capsys.readouterr().err, "no-such-compiler", "PyTorch trains")
-    assert ff.main([*QUIET, "--engine", "c", "--out", str(tmp_path / "other")]) == 2
+    assert ff.main([*NO_FIGURES, "--engine", "c", "--out", str(tmp_path / "other")]) == 2
     one_sentence(capsys.readouterr().err, "--engine c", "no-such-compiler", "--engine torch")
 
 
 # What cannot be done
 
 
+@quick
 @pytest.mark.parametrize(
-    "flags, named",
-    [
-        (["--data", "cifar"], "--data"),
-        (["--as", "geoffrey"], "--as"),
-        (["--read-out", "last"], "--read-out"),
-        (["--precision", "fp16"], "--precision"),
-        (["--goodness", "cube"], "--goodness"),
-        (["--negatives", "none"], "--negatives"),
-        (["--engine", "cuda"], "--engine"),
-        (["--width", "-3"], "--width"),
-        (["--width", "0"], "--width"),
-        (["--layers", "0"], "--layers"),
-        (["--epochs", "0"], "--epochs"),
-        (["--epochs", "1.5"], "--epochs"),
-        (["--jitter", "-1"], "--jitter"),
-        (["--batch-size", "0"], "--batch-size"),
-        (["--threshold", "nan"], "--threshold"),
-        (["--label", "0"], "--label"),
-        (["--lr", "0"], "--lr"),
-        (["--lr", "inf"], "--lr"),
-        (["--held", "1.1"], "--held"),
-        (["--smoothing", "1"], "--smoothing"),
-        (["--weight-decay", "1"], "--weight-decay"),
-        (["--peer", "-0.1"], "--peer"),
-        (["--head-lr", "-1"], "--head-lr"),
-        (["--validation", "-1"], "--validation"),
-        (["--threads", "0"], "--threads"),
-    ],
+    "flags",
+    "--data cifar, --as geoffrey, --preset geoffrey, --read-out last, --precision fp16, --goodness cube, "
+    "--negatives none, --engine cuda, --width -3, --width 0, --layers 0, --passes 0, --passes 1.5, --lr 0, "
+    "--jitter -1, --batch-size 0, --parts 0, --threshold nan, --threshold 1e300, --label-scale 0, --lr inf, "
+    "--lr 1e300, --lr-hold 1.1, --momentum 1, --weight-decay 1, --skip-threshold 1, --revisit-prob 2, "
+    "--peer -0.1, --peer 1e300, --head-lr -1, --head-lr 1e300, --validation -1, --threads 0".split(", "),
 )
-def test_unknown_values(flags, named, capsys):
+def test_unknown_values(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
-        ff.main([*QUIET, *flags])
+        ff.main([*NO_FIGURES, *flags.split()])
     assert stopped.value.code == 2
-    one_sentence(capsys.readouterr().err, named)
+    one_sentence(capsys.readouterr().err, flags.split()[0])
 
 
 @pytest.mark.parametrize("validation", [7291, 10**6])
 def test_a_validation_set_as_large_as_the_data(validation, tmp_path, capsys):
     out = tmp_path / "run"
-    assert ff.main([*QUIET, "--validation", str(validation), "--out", str(out)]) == 2
+    assert ff.main([*NO_FIGURES, "--validation", str(validation), "--out", str(out)]) == 2
     one_sentence(capsys.readouterr().err, f"--validation {validation}", "7291")
     assert not out.exists()
 
 
+@quick
 def test_the_c_engine_is_for_a_cpu(tmp_path, capsys):
     flags = ["--engine", "c", "--device", "cuda", "--out", str(tmp_path / "run")]
-    assert ff.main([*QUIET, *flags]) == 2
+    assert ff.main([*NO_FIGURES, *flags]) == 2
     one_sentence(capsys.readouterr().err, "--engine c", "--device cuda")
 
 
+@quick
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_device_that_is_not_there(tmp_path, capsys):
-    assert ff.main([*QUIET, "--device", "cuda", "--out", str(tmp_path / "run")]) == 2
+    assert ff.main([*NO_FIGURES, "--device", "cuda", "--out", str(tmp_path / "run")]) == 2
     one_sentence(capsys.readouterr().err, "--device cuda", "--device cpu")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_that_diverges(precision, tmp_path, capsys):
-    flags = ["--lr", "1e6", "--precision", precision, "--out", str(tmp_path / "run")]
-    assert ff.main([*QUIET, *flags]) == 1
-    one_sentence(capsys.readouterr().err, "seed 1337", "after pass", "--lr")
+@pytest.mark.parametrize("flags", [["--lr", "1e6"], ["--lr", "1e6", "--precision", "bf16"]])
+def test_a_run_that_diverges(flags, tmp_path, capsys):
+    assert ff.main([*NO_FIGURES, *flags, "--out", str(tmp_path / "run")]) == 1
+    one_sentence(capsys.readouterr().err, "seed 1337", "diverged")
+    assert not list((tmp_path / "run").glob("*.jsonl"))
 
 
-def test_a_full_disk_keeps_the_passes_before(tmp_path):
-    """The log and run.json fit into 20,000 bytes, and the weights do not."""
-    small = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
-    out = tmp_path / "run"
-    done = run_script("forward_forward.py", *QUIET, "--out", out, limit=small)
-    assert done.returncode == 1
-    one_sentence(done.stderr, "weights-seed1337.npz", "could not be written")
-    assert len(utils.read_log(out / "seed1337.jsonl")) == 4 and not list(out.rglob("*.tmp"))
-    assert record_of(out)["finished"] is False
+def test_control_c_keeps_finished_seeds(tmp_path, monkeypatch, capsys):
+    train_pass = ff.train_pass
 
-
-def test_control_c_keeps_finished_passes(tmp_path, monkeypatch, capsys):
-    train_epoch = ff.train_epoch
-
-    def interrupted(network, inputs, labels, shape, seed, epoch, *others):
-        if epoch == 1:
+    def interrupted(network, inputs, labels, shape, seed, *others):
+        if seed == 1338:
             os.kill(os.getpid(), signal.SIGINT)
-        return train_epoch(network, inputs, labels, shape, seed, epoch, *others)
+        return train_pass(network, inputs, labels, shape, seed, *others)
 
-    monkeypatch.setattr(ff, "train_epoch", interrupted)
+    monkeypatch.setattr(ff, "train_pass", interrupted)
     out = tmp_path / "run"
-    assert ff.main([*QUIET, "--out", str(out)]) == 130
-    one_sentence(capsys.readouterr().err, "interrupted", out)
-    assert [(e["pass"], e["split"]) for e in utils.read_log(out / "seed1337.jsonl")] == [(1, "running")]
-    assert record_of(out)["finished"] is False and not (out / "unfinished").exists()
+    assert ff.main([*NO_FIGURES, "--seeds", "3", "--out", str(out)]) == 130
+    one_sentence(capsys.readouterr().err, "interrupted")
+    assert list(runs.read_run(next(out.glob("*.jsonl"))).records) == [1337]
+
+
+def test_help_comes_without_pytorch():
+    code = "import sys, forward_forward as ff; ff.parse_flags(['--precision', 'fp32']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = done.stdout.split()
+    assert "forward_forward" in loaded and not {"torch", "matplotlib"} & set(loaded)
+    assert not any(name.startswith("studies") for name in loaded)
+
+
+def test_the_header_of_the_file_is_the_config(finished):
+    header = json.loads(finished.path.read_text().splitlines()[0])
+    assert header["script"] == "forward_forward" and header["seeds"] == [7, 8]
+    assert header["config"] == finished.config

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from forward_forward import LABELS, Reference
+from forward_forward import LABELS, TorchOps
 from kernels import build
 from kernels import forward_forward as kernel
 from kernels.forward_forward import Kernels
@@ -21,9 +21,9 @@ TOLERANCE = 1.6e-6
 
 @pytest.fixture(scope="module", params=DTYPES, ids=("fp32", "bf16"))
 def engines(request):
-    """The compiled engine, and what defines it."""
+    """The compiled engine, and PyTorch, which defines what is right."""
     try:
-        return Kernels(request.param), Reference(request.param)
+        return Kernels(request.param), TorchOps(request.param)
     except build.Unavailable as error:
         pytest.skip(str(error))
 
@@ -32,7 +32,7 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def draw(m, width, dtype, seed=0):
+def sampled(m, width, dtype, seed=0):
     """What the engine is given of m examples, each with two labels."""
     generator = torch.Generator().manual_seed(seed)
     parts = [normal(m * width, seed=seed + number).to(dtype) for number in range(3)]
@@ -41,19 +41,19 @@ def draw(m, width, dtype, seed=0):
         "added": normal(LABELS + 1, width, seed=seed + 4),
         "labels": torch.randint(LABELS, (2 * m,), generator=generator),
         "weights": normal(m * width, seed=seed + 8),
-        "smooth": normal(m * width, seed=seed + 9),
-        "rounded": torch.zeros(m * width, dtype=dtype),
-        "parts": parts,
+        "velocity": normal(m * width, seed=seed + 9),
+        "weights_lowp": torch.zeros(m * width, dtype=dtype),
+        "gradients": parts,
     }
 
 
-RATES = (0.01, 0.9, 0.05, 0.1)  # scale, smoothing, lr, weight decay
+RATES = (0.01, 0.9, 0.05, 0.1)  # scale, momentum, lr, weight decay
 
 
 def everything(engine, given, linear=False):
     """All that an engine makes of it, in a list of tensors."""
-    of_step = [given[name].clone() for name in ("weights", "smooth", "rounded")]
-    engine.update(*of_step, given["parts"], *RATES)
+    of_step = [given[name].clone() for name in ("weights", "velocity", "weights_lowp")]
+    engine.update(*of_step, given["gradients"], *RATES)
     return [*engine.activate(given["products"], given["added"], given["labels"], linear), *of_step]
 
 
@@ -87,7 +87,7 @@ def bytes_of(tensors):
 def test_the_kernels_are_those_of_the_reference(engines, m, width, linear):
     for seed in range(3):
         ours, reference = engines
-        given = draw(m, width, ours.dtype, seed)
+        given = sampled(m, width, ours.dtype, seed)
         a, b = everything(ours, given, linear), everything(reference, given, linear)
         assert torch.equal(a[0], b[0])  # one sum and one comparison leave nothing to round otherwise
         # In bfloat16 the kernel adds up squares before h is rounded, PyTorch after: measured, 7.5e-3 of
@@ -102,9 +102,9 @@ def test_the_kernels_are_those_of_the_reference(engines, m, width, linear):
 def test_the_definition_is_the_formula():
     """In float64, an element at a time: neither engine is taken at its word."""
     m, width = 3, 5
-    given = {name: value for name, value in draw(m, width, torch.float32).items() if name != "parts"}
+    given = {name: value for name, value in sampled(m, width, torch.float32).items() if name != "gradients"}
     exact = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
-    labels, reference = given["labels"], Reference(torch.float32)
+    labels, reference = given["labels"], TorchOps(torch.float32)
     for linear in (False, True):
         h, passed_on, goodness = reference.activate(given["products"], given["added"], labels, linear)
         for r in range(2 * m):
@@ -119,16 +119,18 @@ def test_the_definition_is_the_formula():
 
 def test_a_step_is_the_formula(engines):
     for engine in engines:
-        given = draw(7, 17, engine.dtype)
-        weights, smooth, rounded = (given[name].clone() for name in ("weights", "smooth", "rounded"))
-        engine.update(weights, smooth, rounded, given["parts"], *RATES)
-        scale, smoothing, lr, weight_decay = RATES
-        gradient = scale * sum(part.double() for part in given["parts"])
-        fresh = smoothing * given["smooth"].double() + (1 - smoothing) * gradient
+        given = sampled(7, 17, engine.dtype)
+        weights, velocity, weights_lowp = (
+            given[name].clone() for name in ("weights", "velocity", "weights_lowp")
+        )
+        engine.update(weights, velocity, weights_lowp, given["gradients"], *RATES)
+        scale, momentum, lr, weight_decay = RATES
+        gradient = scale * sum(part.double() for part in given["gradients"])
+        fresh = momentum * given["velocity"].double() + (1 - momentum) * gradient
         expected = given["weights"].double() * (1 - lr * weight_decay) + lr * fresh
-        torch.testing.assert_close(smooth.double(), fresh, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(velocity.double(), fresh, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(weights.double(), expected, rtol=1e-6, atol=1e-6)
-        assert torch.equal(rounded, weights.to(engine.dtype))  # as PyTorch rounds
+        assert torch.equal(weights_lowp, weights.to(engine.dtype))  # as PyTorch rounds
 
 
 def test_every_bfloat16_is_rounded_as_pytorch_rounds():
@@ -141,13 +143,16 @@ def test_every_bfloat16_is_rounded_as_pytorch_rounds():
     for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
         bits = upper * 2**16 + lower
         weights = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
-        rounded, part = torch.empty(2**16, dtype=torch.bfloat16), torch.zeros(2**16, dtype=torch.bfloat16)
-        smooth = torch.full_like(weights, -0.0)  # of which the sum with the weights is the weights
-        engine.update(weights.clone(), smooth, rounded, [-part], 1.0, 0.5, 1.0, 0.0)
+        weights_lowp, part = (
+            torch.empty(2**16, dtype=torch.bfloat16),
+            torch.zeros(2**16, dtype=torch.bfloat16),
+        )
+        velocity = torch.full_like(weights, -0.0)  # of which the sum with the weights is the weights
+        engine.update(weights.clone(), velocity, weights_lowp, [-part], 1.0, 0.5, 1.0, 0.0)
         expected = weights.to(torch.bfloat16)
         number = ~weights.isnan()
-        assert torch.equal(rounded[number].view(torch.int16), expected[number].view(torch.int16))
-        assert rounded[~number].isnan().all()
+        assert torch.equal(weights_lowp[number].view(torch.int16), expected[number].view(torch.int16))
+        assert weights_lowp[~number].isnan().all()
 
 
 def test_a_broken_kernel_is_noticed(tmp_path, monkeypatch):
@@ -156,8 +161,8 @@ def test_a_broken_kernel_is_noticed(tmp_path, monkeypatch):
         right_one = Kernels(torch.float32, ("-O0",))  # quick to compile
     except build.Unavailable as error:
         pytest.skip(str(error))
-    source, given = kernel.SOURCE.read_text(), draw(7, 17, torch.float32)
-    expected = everything(Reference(torch.float32), given)
+    source, given = kernel.SOURCE.read_text(), sampled(7, 17, torch.float32)
+    expected = everything(TorchOps(torch.float32), given)
     assert worst_error(everything(right_one, given), expected) < TOLERANCE
     for right, wrong in (
         ("added + labels[r] * width", "added + labels[r % m] * width"),
@@ -166,7 +171,7 @@ def test_a_broken_kernel_is_noticed(tmp_path, monkeypatch):
         ("~(x < 0)", "~(x < -0.1f)"),
         ("squares += x * x;", "squares += x;"),
         ("1 - lr * weight_decay", "1 - weight_decay"),
-        ("(1 - smoothing) * scale", "scale"),
+        ("(1 - momentum) * scale", "scale"),
         ("part < count; part++", "part < count - 1; part++"),
         ("memcpy(p, padded, lanes * sizeof *p);", "memcpy(p, padded, (lanes - 1) * sizeof *p);"),
     ):
@@ -229,7 +234,7 @@ def test_a_shift_that_wraps_is_noticed():
     rolled[:, :LABELS] = 0
     expected = shifted_slowly(images, chosen, shifts)
     assert ((rolled != expected).sum(dim=1) >= 6).all()  # of what comes in below, ten are the label's
-    assert not torch.equal(Reference(torch.float32).shift(images, chosen, -shifts), expected)
+    assert not torch.equal(TorchOps(torch.float32).shift(images, chosen, -shifts), expected)
 
 
 # Numbers that are not ordinary
@@ -240,7 +245,7 @@ def test_a_shift_that_wraps_is_noticed():
 def test_nan_goes_where_it_has_to_and_nowhere_else(engines, bits, width):
     nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     for engine in engines:
-        given = draw(7, width, engine.dtype)
+        given = sampled(7, width, engine.dtype)
         given["added"].abs_().add_(10)  # so that the ReLU passes all on, whatever the sign
         clean = everything(engine, given)
         given["products"][3, width - 1] = nan
@@ -252,9 +257,9 @@ def test_nan_goes_where_it_has_to_and_nowhere_else(engines, bits, width):
         assert passed_on[rows].isnan().all() and torch.equal(passed_on[~rows], clean[1][~rows])
         assert torch.equal(goodness.isnan(), rows)
 
-        given["parts"][1][5 % len(given["weights"])] = nan
-        of_step = [given[name].clone() for name in ("weights", "smooth", "rounded")]
-        engine.update(*of_step, given["parts"], *RATES)
+        given["gradients"][1][5 % len(given["weights"])] = nan
+        of_step = [given[name].clone() for name in ("weights", "velocity", "weights_lowp")]
+        engine.update(*of_step, given["gradients"], *RATES)
         for tensor in of_step:
             assert tensor.isnan().nonzero().flatten().tolist() == [5 % len(tensor)]
 
@@ -267,12 +272,12 @@ def test_infinities(engines):
         assert goodness.tolist() == [torch.inf, 1]
         assert passed_on[0, 0].isnan() and passed_on[0, 1] == 0  # infinity by infinity has no value
         torch.testing.assert_close(passed_on[1].float(), torch.tensor([0, 2**0.5]), rtol=2**-8, atol=0)
-        weights, smooth = torch.ones(3), torch.zeros(3)
-        rounded = torch.zeros(3, dtype=engine.dtype)
+        weights, velocity = torch.ones(3), torch.zeros(3)
+        weights_lowp = torch.zeros(3, dtype=engine.dtype)
         part = torch.tensor([torch.inf, 0, -torch.inf]).to(engine.dtype)
-        engine.update(weights, smooth, rounded, [part], 1.0, 0.9, 0.1, 0.0)
-        assert weights.tolist() == smooth.add(weights.isfinite()).tolist() == [torch.inf, 1, -torch.inf]
-        assert rounded.tolist() == [torch.inf, 1, -torch.inf]
+        engine.update(weights, velocity, weights_lowp, [part], 1.0, 0.9, 0.1, 0.0)
+        assert weights.tolist() == velocity.add(weights.isfinite()).tolist() == [torch.inf, 1, -torch.inf]
+        assert weights_lowp.tolist() == [torch.inf, 1, -torch.inf]
 
 
 def test_a_layer_that_is_silent_passes_nothing_on(engines):
@@ -287,7 +292,7 @@ def test_a_layer_that_is_silent_passes_nothing_on(engines):
 
 def test_again_and_in_threads_the_same_bytes(engines):
     engine, _ = engines
-    inputs = [draw(50, 500, engine.dtype, seed) for seed in range(2)]
+    inputs = [sampled(50, 500, engine.dtype, seed) for seed in range(2)]
     alone = [bytes_of(everything(engine, given)) for given in inputs]
     assert alone[0] != alone[1]
     with ThreadPoolExecutor(2) as pool:
@@ -297,7 +302,7 @@ def test_again_and_in_threads_the_same_bytes(engines):
 
 def test_a_row_does_not_depend_on_its_neighbours(engines):
     engine, _ = engines
-    given = draw(20, 17, engine.dtype)
+    given = sampled(20, 17, engine.dtype)
     labels = given["labels"][:20]
     whole = engine.activate(given["products"], given["added"], labels)
     for part in (slice(0, 7), slice(19, 20)):
@@ -318,7 +323,7 @@ def test_nothing_gives_nothing(engines):
 
 def refusals(engine):
     """A method, good arguments by name, and those of them that number rows, with how many there are."""
-    given = draw(7, 17, engine.dtype)
+    given = sampled(7, 17, engine.dtype)
     labels = {"labels": LABELS + 1}
     yield "activate", {name: given[name] for name in ("products", "added", "labels")}, labels
     images = torch.ones(4, 16, 16, dtype=engine.dtype)
@@ -348,7 +353,7 @@ def test_tensors_that_will_not_do(engines):
                 tensor = good[name].clone()
                 tensor[-1] = value
                 refused(f"{name}: not all from 0 to {bound - 1}", **{name: tensor})
-    given = draw(7, 17, engine.dtype)
+    given = sampled(7, 17, engine.dtype)
     three = [given[name] for name in ("products", "added", "labels")]
     with pytest.raises(ValueError, match="^added: "):
         engine.activate(three[0], three[1][:, :16].contiguous(), three[2])
@@ -366,11 +371,11 @@ def test_tensors_that_will_not_do(engines):
 
 def test_a_step_that_will_not_do(engines):
     engine, _ = engines
-    given = draw(7, 17, engine.dtype)
-    good = {name: given[name] for name in ("weights", "smooth", "rounded")}
+    given = sampled(7, 17, engine.dtype)
+    good = {name: given[name] for name in ("weights", "velocity", "weights_lowp")}
     before = [tensor.clone() for tensor in good.values()]
 
-    def refused(words, parts=given["parts"], **wrong):
+    def refused(words, parts=given["gradients"], **wrong):
         with pytest.raises(ValueError, match=f"^{words}"):
             engine.update(*{**good, **wrong}.values(), parts, *RATES)
         assert all(torch.equal(a, b) for a, b in zip(good.values(), before))
@@ -378,10 +383,10 @@ def test_a_step_that_will_not_do(engines):
     for name, tensor in good.items():
         refused(f"{name}: torch.float64", **{name: tensor.double()})
         refused(f"{name}: not contiguous", **{name: tensor.repeat_interleave(2)[::2]})
-    for name in ("smooth", "rounded"):
+    for name in ("velocity", "weights_lowp"):
         refused(f"{name}: ", **{name: good[name][:-1]})
-    for wrong in (given["parts"][0][:-1], given["parts"][0].double()):
-        refused("gradient: ", parts=[given["parts"][1], wrong])
+    for wrong in (given["gradients"][0][:-1], given["gradients"][0].double()):
+        refused("gradient: ", parts=[given["gradients"][1], wrong])
 
 
 def test_a_dtype_that_there_is_not():
@@ -424,14 +429,14 @@ int main(int argc, char **argv) {
     parts[0] = take(all, small), parts[1] = take(all, small);
     number *images = take(3 * 5 * 7, small);
     number *h = malloc(2 * all * small), *passed_on = malloc(2 * all * small);
-    number *rounded = malloc(all * small), *shifted = malloc(m * 35 * small);
+    number *weights_lowp = malloc(all * small), *shifted = malloc(m * 35 * small);
     float *goodness = malloc(2 * m * real);
     activate(products, m, added, labels, 2 * m, width, 1, h, NULL, goodness);
     activate(products, m, added, labels, 2 * m, width, 0, h, passed_on, goodness);
-    update(w, v, rounded, (const number *const *)parts, 2, all, 0.01f, 0.9f, 0.05f, 0.1f);
+    update(w, v, weights_lowp, (const number *const *)parts, 2, all, 0.01f, 0.9f, 0.05f, 0.1f);
     shift(images, 5, 7, chosen, shifts, m, shifted);
     give(h, 2 * all, small), give(passed_on, 2 * all, small), give(goodness, 2 * m, real);
-    give(w, all, real), give(v, all, real), give(rounded, all, small);
+    give(w, all, real), give(v, all, real), give(weights_lowp, all, small);
     give(shifted, m * 35, small);
     free(products), free(added), free(labels), free(chosen), free(shifts);
     free(parts[0]), free(parts[1]), free(images);
@@ -457,13 +462,13 @@ def test_sanitizers_find_nothing(dtype, tmp_path):
     command = [*compiler, *build.MATHS, *target, *sanitize, defined, "-O0"]  # quick to compile
     subprocess.run([*command, tmp_path / "program.c", "-lm", "-o", tmp_path / "program"], check=True)
     for m, width in itertools.product((1, 3), (1, 15, 16, 17, 33)):
-        given = draw(m, width, dtype)
-        del given["parts"][2]
+        given = sampled(m, width, dtype)
+        del given["gradients"][2]
         images, chosen = normal(3, 5, 7).to(dtype), torch.arange(m) % 3
         shifts = torch.tensor([[1, -2], [-9, 3], [0, 8]])[:m].contiguous()
         arrays = [given[name] for name in ("products", "added", "labels")]
-        arrays += [chosen, shifts, given["weights"], given["smooth"]]
-        arrays += [*given["parts"], images]
+        arrays += [chosen, shifts, given["weights"], given["velocity"]]
+        arrays += [*given["gradients"], images]
         done = subprocess.run(
             [tmp_path / "program", str(m), str(width)], input=bytes_of(arrays), capture_output=True
         )
