@@ -74,22 +74,6 @@ def learning_curves(logs, title, published=None, loss="mean squared error"):
     return figure
 
 
-def bars(values, label, title):
-    """A bar for each name of `values`, from the top, on a log axis, with its value beside it."""
-    figure, axis = subplots(figsize=(10, 0.45 * len(values) + 1.2))
-    axis.barh(range(len(values)), values.values(), color="C0")
-    for row, value in enumerate(values.values()):
-        axis.text(
-            value, row, f" {value:,.1f}" if value < 100 else f" {value:,.0f}", va="center", fontsize="small"
-        )
-    axis.set(xlabel=label, xscale="log", title=title)
-    axis.set_yticks(range(len(values)), values)
-    axis.invert_yaxis()
-    axis.margins(x=0.12)
-    axis.grid(True, axis="x")
-    return figure
-
-
 def gallery(images, captions, title, columns=15, low=-1, high=1):
     """Images (n, height, width) in rows, a caption above each; `low` is white and `high` black."""
     n, height, width = images.shape

@@ -1,12 +1,31 @@
+import functools
 import json
+import math
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, one_sentence, run_script
 
 import bench
+import repro
 import utils
+from datasets import strokes
+from records import tables
 
 
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """A copy of the page and of the front page, in the place of ours; no measurement is on file."""
+    monkeypatch.setattr(bench, "FOLDER", tmp_path / "bench")
+    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    (tmp_path / "reference").symlink_to(ROOT / "reference")
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "README.md").write_text("# Speed\n<!-- bench: begin -->\n<!-- bench: end -->\n")
+    (tmp_path / "README.md").write_text("# Us\n<!-- speed: begin -->\n<!-- speed: end -->\n")
+    return tmp_path
+
+
+@pytest.mark.quick
 def test_the_operations_are_those_of_the_sizes():
     """Counted one by one: each tap of each unit, and which of H2's reach past the border."""
     forward, passed_back = 0, 0
@@ -22,48 +41,113 @@ def test_the_operations_are_those_of_the_sizes():
     assert bench.operations() == 2 * (2 * (forward + dense) + passed_back + dense + parameters)
 
 
-def test_everything_is_measured_and_drawn(tmp_path, capsys):
-    assert bench.main(["--smoke", "--quiet", "--out", str(tmp_path)]) == 0
-    record = json.loads((tmp_path / "bench.json").read_text())
+@pytest.mark.quick
+def test_the_usual_loop_trains_the_same_network():
+    torch = bench.torch
+    images, labels = strokes.draw_digits(20, 1)
+    targets, plain = repro.place_code(labels), bench.plain_parameters()
+    ours = repro.init_parameters(bench.SEED, repro.KARPATHY)
+    digits = torch.tensor(images[:, None]), torch.tensor(targets)
+    bench.plain_pass(plain, torch.optim.SGD(plain, lr=0.03), *digits)
+    repro.TorchEngine(repro.KARPATHY).train_pass(ours, repro.add_border(images), targets, 0.03)
+    start = repro.init_parameters(bench.SEED, repro.KARPATHY)
+    for theirs, mine, first in zip(plain, ours, start):
+        np.testing.assert_allclose(theirs.detach().numpy(), mine, atol=1e-5)
+        assert np.abs(mine - first).max() > 1e-3  # something was learned
+
+
+def test_everything_is_measured_and_nothing_is_written(pages, capsys):
+    before = {path: path.read_bytes() for path in pages.rglob("*.*") if path.is_file()}
+    assert bench.main(["--smoke", "--quiet"]) == 0
     printed = capsys.readouterr().out
-    names_of_1989 = names = [row["name"] for row in record["rows"]]
-    assert names[:2] == ["PyTorch, the usual loop", "PyTorch engine"] and "C engine" in names
-    names = [row["name"] for row in record["modern_rows"]]
-    assert names[:4] == [*names[:2], "PyTorch engine, 16 replicas", "C engine"]
-    for row in record["rows"] + record["modern_rows"]:
-        assert row["name"] in printed and row["microseconds"] > 0 and row["ratio"] > 0
-        low, high = row["fastest_and_slowest"]
-        assert low <= row["microseconds"] <= high
-    assert set(record["digits_recognised_a_second"]) == {
-        "end to end",
-        "normalised",
-        "normalised, many at once",
-    }
-    assert all(number > 0 for number in record["digits_recognised_a_second"].values())
-    assert "10-12" in printed and "over 30" in printed and "C engine, SDLM" in names_of_1989
-    for row in record["rows"]:
-        if row["name"] == "C engine, SDLM":
-            continue
-        assert row["gflops"] == pytest.approx(record["operations"] / row["microseconds"] / 1e3)
-    assert "SUN-4/260" in printed and "3 days" in printed and record["cpu"] in printed
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
-    assert {"commit", "versions", "compiler", "peak_gflops"} <= set(record)
+    assert {path: path.read_bytes() for path in pages.rglob("*.*") if path.is_file()} == before
+    for name in ("1989, SUN-4/260", bench.USUAL, "PyTorch engine, 16 replicas", "C engine, SDLM"):
+        assert f"| {name} |" in printed
+    assert "3 days" in printed and "10-12" in printed and utils.environment()["cpu"] in printed
 
 
-def test_the_readme_has_the_committed_table():
-    begin, end = utils.readme_markers("bench.py")
-    table = (ROOT / "README.md").read_text().split(begin)[1].split(end)[0].strip()
-    records = [json.loads(path.read_text()) for path in (ROOT / "results" / "bench").glob("*/bench.json")]
-    assert table in [bench.markdown_table(record) for record in records], "run python bench.py --markdown"
+def test_a_record_holds_what_was_measured_and_the_pages_show_it(pages, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "measure", functools.partial(bench.measure, 2, 60, True))
+    monkeypatch.setattr(bench, "measure", lambda *_, measure=bench.measure: measure())
+    assert bench.main(["--record", "--quiet"]) == 0
+    (path,) = (pages / "bench").glob("*.json")
+    record = json.loads(path.read_text())
+    assert {"commit", "versions", "compiler", "peak_gflops", "operations", "rounds"} <= set(record)
+    for group in ("rows", "modern_rows"):
+        names = [row["name"] for row in record[group]]
+        assert names[:2] == [bench.USUAL, "PyTorch engine"] and "C engine" in names
+        for row in record[group]:
+            low, high = row["fastest_and_slowest"]
+            assert 0 < low <= row["microseconds"] <= high
+        assert record[group][0]["ratio"] == 1
+    assert len(record["digits_recognised_a_second"]) == 3
+    assert (pages / "bench" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    page, front = (pages / "bench" / "README.md").read_text(), (pages / "README.md").read_text()
+    assert page.count("| C engine |") == 2 and front.count("\n|") == 6  # head, rule, four rows
+    (pages / "README.md").write_text("<!-- speed: begin -->\n<!-- speed: end -->\n")
+    assert bench.main(["--tables"]) == 0
+    assert (
+        tables.fill((pages / "README.md").read_text(), {"speed": bench.front_table(record)})
+        == (pages / "README.md").read_text()
+    )
 
 
-def test_a_smoke_test_is_no_measurement(tmp_path, capsys):
-    assert bench.main(["--smoke", "--markdown", "--out", str(tmp_path)]) == 2
-    assert "--smoke" in capsys.readouterr().err
+@pytest.mark.quick
+def test_the_cells_follow_from_the_record():
+    (bench_record,) = bench.read_records(ROOT / "results" / "bench")
+    paper = utils.reference("lecun1989")["sizes"]
+    (_, rows), (_, modern_rows) = bench.make_tables(bench_record)
+    measured = {row["name"]: row for row in bench_record["rows"]}
+    for name, microseconds, a_second, passes, ratio, share in rows[1:]:
+        row = measured[name]
+        assert float(microseconds.replace(",", "")) == pytest.approx(row["microseconds"], rel=0.01)
+        assert float(a_second.replace(",", "")) == pytest.approx(1e6 / row["microseconds"], rel=0.01)
+        seconds = row["microseconds"] * paper["train_digits"] * paper["passes"] / 1e6
+        assert float(passes.removesuffix(" s")) == pytest.approx(seconds, rel=0.01)
+        assert float(ratio) == pytest.approx(row["ratio"], rel=0.01)
+        flops = bench_record["operations"] / row["microseconds"] * 1e6 / row["threads"]
+        assert float(share.rstrip("%")) == pytest.approx(1e-7 * flops / bench_record["peak_gflops"], abs=0.06)
+    assert rows[0][3] == "3 days" and len(modern_rows) == len(bench_record["modern_rows"])
+    assert math.isclose(
+        float(rows[0][1].replace(",", "")), 3 * 86400e6 / paper["presentations"], rel_tol=1e-6
+    )
 
 
-def test_no_compiler_nothing_to_measure(tmp_path, monkeypatch, capsys):
+@pytest.mark.quick
+def test_the_pages_have_the_recorded_tables():
+    records = bench.read_records(ROOT / "results" / "bench")
+    shown = {"bench": "\n\n".join(map(bench.describe, records))}
+    page = (ROOT / "results" / "bench" / "README.md").read_text(encoding="utf-8")
+    assert tables.fill(page, shown) == page, "run python bench.py --tables"
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tables.fill(page, {"speed": bench.front_table(records[0])}) == page, "run python bench.py --tables"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"rows": [{}]}'])
+def test_no_record_or_a_damaged_one_is_one_sentence(content, pages, capsys):
+    if content is not None:
+        (pages / "bench" / "x.json").write_text(content)
+    assert bench.main(["--tables"]) == 2
+    one_sentence(capsys.readouterr().err, pages / "bench")
+
+
+@pytest.mark.quick
+def test_a_smoke_test_is_no_measurement(pages, capsys):
+    assert bench.main(["--smoke", "--record"]) == 2
+    one_sentence(capsys.readouterr().err, "--smoke", "--record")
+
+
+@pytest.mark.quick
+def test_without_a_compiler_there_is_nothing_to_measure(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    assert bench.main(["--smoke", "--out", str(tmp_path / "out")]) == 2
-    assert "no C compiler" in capsys.readouterr().err
+    assert bench.main(["--smoke"]) == 2
+    one_sentence(capsys.readouterr().err, "no C compiler")
+
+
+def test_help_does_not_wait_for_pytorch(tmp_path):
+    """A torch that cannot be imported would show."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    done = run_script("bench.py", "--help", PYTHONPATH=tmp_path)
+    assert done.returncode == 0 and "--record" in done.stdout, done.stderr
