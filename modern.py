@@ -1,4 +1,4 @@
-"""LeCun et al. 1989 with 33 years of hindsight, as by Karpathy in 2022: one named change at a time.
+"""LeCun et al. 1989 with 33 years of hindsight, as Karpathy added it in 2022: one named change at a time.
 
 The digits, the network and its 9,760 parameters stay those of 1989, as in repro.py. Each change includes
 those before it:
@@ -11,37 +11,40 @@ those before it:
     4  dropout   ReLU in the place of tanh; a quarter of H2's outputs dropped     80
 
     python modern.py                                  # change 4, on MNIST where it can be had
-    python modern.py --change all --seeds 20          # the ladder, drawn
+    python modern.py --change all --seeds 20          # all five, and a figure of them
     python modern.py --train-size 50000 --passes 100  # what more data buys
-    python modern.py --device cuda --seeds 256        # 256 replicas as one computation
+    python modern.py --device cuda --seeds 256        # 256 seeds trained as one computation
 
-Published: `softmax` to `more-data-modern` in reference/karpathy2022.toml. All numbers above are Karpathy's,
-and nothing was tuned here. His losses are those of the last training example; ours are of the whole split.
+The numbers above are Karpathy's; nothing was tuned here. Published results: `softmax` to `more-data-modern`
+in reference/karpathy2022.toml. His losses are those of the last training example; ours are of whole splits.
 
 Expected last lines of `python modern.py` (MNIST, seed 1337; 8 s on one core of an AMD EPYC):
 
     eval: split train. loss 5.112551e-02. error 1.66%. misses: 121
     eval: split test . loss 5.941740e-02. error 1.89%. misses: 38
 
-The logs and figures go to results/modern/<run>/; `python compare.py` holds them against what is published.
+Records, log and figures go to results/modern/; `python compare.py` holds them against what is published.
 """
 
-import math
+import argparse
+import functools
 import sys
 import time
-from collections import namedtuple
-from pathlib import Path
 
 import numpy as np
 
 import prepro
 import repro
 import utils
-from kernels.convnet1989 import SHAPES, State
+from kernels.convnet1989 import State
+from records import run as runs
+from records import tables, weights
 from repro import Parameters
 
 torch, F = utils.Lazy("torch"), utils.Lazy("torch.nn.functional")
-chance, graph = utils.Lazy("kernels.chance"), utils.Lazy("kernels.graph")
+chance = utils.Lazy("kernels.chance")
+
+# The config: every number that decides the result. Each change is what it changes in those before it.
 
 NAMES = ("1989", "softmax", "adamw", "shift", "dropout")
 CHANGES = (
@@ -66,195 +69,87 @@ CHANGES = (
     {"shift": "roll", "passes": 60},
     {"activation": "relu", "dropout": 0.25, "passes": 80},
 )
-Recipe = namedtuple("Recipe", CHANGES[0])  # all that training depends on beside the digits and the seed
 
 
-def make_recipe(change, data, chosen=None):
-    """The Recipe of a change, 0 to 4, on the digits `data`; what was `chosen` otherwise overrides it."""
-    recipe = {name: value for changed in CHANGES[: change + 1] for name, value in changed.items()}
-    if recipe["shift"] == "roll" and data == "usps":
-        recipe["shift"] = "pad"  # these digits touch the border: they would come in again on the other side
-    chosen = chosen or {}
-    recipe["final_lr"] *= chosen.get("lr", recipe["lr"]) / recipe["lr"]
-    return Recipe(**recipe | chosen)
+def make_config(change=4, data="mnist", draw=None, train_size=prepro.TRAIN_SIZE, **changes):
+    """The full config of a change, 0 to 4, on the digits `data`, with some numbers changed.
+
+    Another lr takes final_lr along, in proportion, unless that is given too.
+    """
+    where = {"data": data, "draw": draw or prepro.DRAWS[0]} if data == "mnist" else {"data": data}
+    config = {name: value for deltas in CHANGES[: change + 1] for name, value in deltas.items()}
+    if config["shift"] == "roll" and data == "usps":
+        config["shift"] = "pad"  # these digits touch the border, so they would come in on the other side
+    config["final_lr"] *= changes.get("lr", config["lr"]) / config["lr"]
+    return {**where, "train_size": train_size, "change": change, **config, **changes}
 
 
-def init_parameters(seed, recipe):
-    """As in repro.py; but -1 is no target of logits, and the biases of these start at 0."""
-    parameters = repro.init_parameters(seed)
-    return parameters if recipe.loss == "mse" else parameters._replace(outb=np.zeros(10, np.float32))
+# The network, its loss, a step and a pass
 
 
-def decayed_lr(recipe, number):
-    """The learning rate of pass `number`, 1 to `passes`: it falls linearly from pass to pass."""
-    share = (number - 1) / (recipe.passes - 1) if recipe.passes > 1 else 0
-    return (1 - share) * recipe.lr + share * recipe.final_lr
+def forward(parameters, images, config, scale=1.0):
+    """The outputs (n, 10) for images (n, 1, 20, 20); with cross-entropy, they are logits.
 
-
-# The torch engine, which defines what is right: a stack of replicas, trained as one computation. Each has
-# its own weights and its own chance, and all see the same digits in the same order.
-
-
-def forward(parameters, images, kept, recipe):
-    """Outputs (replicas, n, 10), of cross-entropy logits, for images (replicas, n, 20, 20).
-
-    `parameters` have a first dimension more than in repro.py; `kept`, of dropout, is 1 or (replicas, n, 192).
+    `scale` (n, 192) is what dropout multiplies the outputs of H2 by.
     """
     H1w, H1b, H2w, H2b, H3w, H3b, outw, outb = parameters
-    activation = torch.relu if recipe.activation == "relu" else torch.tanh
-    fields = images.unfold(2, 5, 2).unfold(3, 5, 2)  # (r, n, y, x, i, j): 5x5 pixels for the unit at y, x
-    x = torch.einsum("rnyxij,rmij->rnmyx", fields, H1w.squeeze(2))
-    x = activation(x + H1b[:, None])  # (r, n, 12, 8, 8)
-    x = torch.cat((x[:, :, 0:8], x[:, :, 4:12], x[:, :, 0:4], x[:, :, 8:12]), dim=2)
-    x = F.pad(x, (2, 2, 2, 2), value=-1.0).unflatten(2, (3, 8))  # (r, n, g, c, 12, 12): 8 maps for a group
-    fields = x.unfold(4, 5, 2).unfold(5, 5, 2)  # (r, n, g, c, y, x, i, j)
-    x = torch.einsum("rngcyxij,rgmcij->rngmyx", fields, H2w.unflatten(1, (3, 4)))
-    x = activation(x.flatten(2, 3) + H2b[:, None])  # (r, n, 12, 4, 4)
-    x = x.flatten(2) * kept
-    x = activation(torch.baddbmm(H3b[:, None], x, H3w))  # (r, n, 30)
-    x = torch.baddbmm(outb[:, None], x, outw)
-    return torch.tanh(x) if recipe.loss == "mse" else x
+    activate = F.relu if config["activation"] == "relu" else torch.tanh
+    x = activate(F.conv2d(images, H1w, stride=2) + H1b)  # (n, 12, 8, 8)
+    x = torch.cat((x[:, 0:8], x[:, 4:12], x[:, 0:4], x[:, 8:12]), dim=1)  # 8 maps for each third of H2
+    x = F.pad(x, (2, 2, 2, 2), value=-1.0)  # (n, 24, 12, 12)
+    x = activate(F.conv2d(x, H2w, stride=2, groups=3) + H2b)  # (n, 12, 4, 4)
+    x = activate(torch.addmm(H3b, x.flatten(1) * scale, H3w))  # (n, 30)
+    x = torch.addmm(outb, x, outw)
+    return torch.tanh(x) if config["loss"] == "mse" else x
 
 
-def loss_of(outputs, targets, recipe):
-    """The mean over n digits, summed over the replicas: the gradient of each is that of its own loss."""
-    if recipe.loss == "mse":
-        return (outputs - targets).square().mean(dim=(1, 2)).sum()
-    return -(torch.log_softmax(outputs, dim=2) * targets).sum(dim=2).mean(dim=1).sum()
+def measure_loss(parameters, images, targets, scale, config):
+    """The mean loss of n digits. targets (n, 10): +1 and -1 for mse, probabilities for cross-entropy."""
+    outputs = forward(parameters, images, config, scale)
+    return (F.mse_loss if config["loss"] == "mse" else F.cross_entropy)(outputs, targets)
 
 
-class Stack:
-    """A replica for each seed, in PyTorch."""
-
-    def __init__(self, seeds, recipe, device="cpu", dtype=None):
-        self.recipe, self.device, self.dtype = recipe, device, dtype or torch.float32
-        each = [init_parameters(seed, recipe) for seed in seeds]
-        self.weights = self.tensor([np.concatenate([array.ravel() for array in arrays]) for arrays in each])
-        self.moments = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
-        self.seeds = self.tensor(seeds, torch.int64)
-        self.sources = chance.shift_sources(recipe.shift, recipe.shift_pixels).to(device)
-        self.presentations = self.steps = 0
-        # What the next steps need, for so many digits at a time: to draw their chance takes 10 kB each.
-        batches = max(1, min(1000, 2**16 // len(seeds)) // recipe.batch_size)
-        self.at_a_time = digits = batches * recipe.batch_size
-        self.images, self.targets = self.zeros(digits, 400), self.zeros(digits, 10)
-        self.moves = self.zeros(len(seeds), digits, dtype=torch.int64)
-        self.kept = self.zeros(len(seeds), digits, 192, dtype=torch.bool)
-        self.rates = self.zeros(batches, 3)
-        self.digit, self.batch = self.zeros(1, dtype=torch.int64), self.zeros(1, dtype=torch.int64)
-        changing = [self.weights, *self.moments, self.digit, self.batch]
-        self.run_step = graph.Recorded(self.step, changing) if device == "cuda" else self.step
-
-    def tensor(self, array, dtype=None):
-        return torch.tensor(np.asarray(array), dtype=dtype or self.dtype, device=self.device)
-
-    def zeros(self, *shape, dtype=None):
-        return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
-
-    def train(self, images, targets, lr):
-        """Present n digits (n, 1, 20, 20), at most `at_a_time`, in order, and step after each batch."""
-        n, recipe = len(images), self.recipe
-        numbers = self.presentations + torch.arange(n, device=self.device)
-        self.images[:n], self.targets[:n] = self.tensor(images).flatten(1), self.tensor(targets)
-        if recipe.shift != "none":
-            self.moves[:, :n] = chance.draw_moves(self.seeds, numbers, recipe.shift_pixels)
-        if recipe.dropout:
-            self.kept[:, :n] = chance.draw_kept(self.seeds, numbers, recipe.dropout)
-        sizes = [min(recipe.batch_size, n - first) for first in range(0, n, recipe.batch_size)]
-        steps = self.steps + 1 + np.arange(len(sizes))
-        unbiased1, unbiased2 = 1 - recipe.beta1**steps, 1 - recipe.beta2**steps
-        rates = np.stack([np.full(len(steps), lr), lr / unbiased1, 1 / np.sqrt(unbiased2)], axis=1)
-        self.rates[: len(sizes)] = self.tensor(rates)
-        self.digit.zero_(), self.batch.zero_()
-        for size in sizes:
-            self.run_step(size)
-        self.presentations += n
-        self.steps += len(sizes)
-        if self.device == "cuda":
-            torch.cuda.synchronize()  # once for all these steps, so that the bar and the times are true
-
-    def step(self, n):
-        """Present the next n digits and step once. All stays on the device, so that nobody has to wait."""
-        recipe, i = self.recipe, self.digit + torch.arange(n, device=self.device)
-        images, kept = self.images[i].expand(len(self.seeds), n, 400), 1
-        if recipe.shift != "none":
-            images = images.gather(2, self.sources[self.moves[:, i]])
-        if recipe.dropout:
-            kept = self.kept[:, i].to(self.dtype) / (1 - recipe.dropout)
-        weights = self.weights.detach().requires_grad_()
-        outputs = forward(parameters_in(weights), images.unflatten(2, (20, 20)), kept, recipe)
-        (gradient,) = torch.autograd.grad(loss_of(outputs, self.targets[i], recipe), weights)
-        lr, unbiased_lr, unbias = self.rates[self.batch].unbind(1)
-        if recipe.optimizer == "adamw":  # Loshchilov and Hutter's
-            moment1, moment2 = self.moments
-            moment1.lerp_(gradient, 1 - recipe.beta1)
-            moment2.lerp_(gradient.square(), 1 - recipe.beta2)
-            self.weights *= 1 - lr * recipe.weight_decay
-            self.weights -= unbiased_lr * moment1 / (moment2.sqrt() * unbias + recipe.epsilon)
-        else:
-            self.weights -= lr * gradient
-        self.digit += n
-        self.batch += 1
-
-    def compute_outputs(self, images):
-        """The outputs (replicas, n, 10) for images (n, 1, 20, 20); nothing is shifted or dropped."""
-        replicas, outputs = len(self.seeds), []
-        with torch.no_grad():
-            for part in self.tensor(images).split(max(1, 2**14 // replicas)):
-                part = part.squeeze(1).expand(replicas, -1, 20, 20)
-                outputs.append(forward(parameters_in(self.weights), part, 1, self.recipe))
-            return torch.cat(outputs, dim=1).cpu().numpy()
-
-    def parameters(self):
-        """Parameters of arrays, for each replica."""
-        stacked = parameters_in(self.weights.cpu())
-        return [Parameters(*(tensor[r].numpy() for tensor in stacked)) for r in range(len(self.seeds))]
+def train_pass(parameters, optimizer, images, targets, scale, config, measure_loss=measure_loss):
+    """Present every digit once, in order, and take a step after each batch; parameters change in place."""
+    size = config["batch_size"]
+    batches = zip(images.split(size, dim=-4), targets.split(size), scale.split(size, dim=-2))
+    for batch, target, kept in batches:
+        optimizer.zero_grad()
+        measure_loss(parameters, batch, target, kept, config).backward()
+        optimizer.step()
 
 
-def parameters_in(weights):
-    """Parameters with a first dimension more: views of weights (replicas, 9760)."""
-    parts = weights.split([math.prod(shape) for shape in SHAPES.values()], dim=1)
-    return Parameters(*(part.unflatten(1, shape) for part, shape in zip(parts, SHAPES.values())))
+def make_optimizer(parameters, config):
+    """What steps down the gradient; `train` sets the learning rate of each pass."""
+    if config["optimizer"] == "sgd":
+        return torch.optim.SGD(parameters, config["lr"])
+    betas, decay = (config["beta1"], config["beta2"]), config["weight_decay"]
+    return torch.optim.AdamW(parameters, config["lr"], betas, config["epsilon"], decay, fused=True)
 
 
-# The C engine: the same, of a single replica
+def shift(images, down, right, how):
+    """Move each digit (n, 1, 20, 20) by its own `down` and `right` (..., n): images (..., n, 1, 20, 20).
+
+    What leaves on one side comes in on the other (roll), or background does (pad). The border stays.
+    """
+    places, digits = torch.arange(16, device=images.device), torch.arange(len(images), device=images.device)
+    y, x = (places - down[..., None])[..., :, None], (places - right[..., None])[..., None, :]
+    moved = images[digits[:, None, None], 0, y % 16 + 2, x % 16 + 2]
+    if how == "pad":
+        moved = moved.masked_fill((y % 16 != y) | (x % 16 != x), -1)
+    return F.pad(moved, (2, 2, 2, 2), value=-1.0).unsqueeze(-3)
 
 
-class Single:
-    """A replica for a seed, in C, and a hundred times as fast."""
-
-    def __init__(self, seed, recipe, network):
-        self.network, self.at_a_time = network, max(1, 1000 // recipe.batch_size) * recipe.batch_size
-        self.weights = init_parameters(seed, recipe)
-        self.moments = [[np.zeros_like(array) for array in self.weights] for _ in range(2)]
-        adamw = recipe.beta1, recipe.beta2, recipe.epsilon, recipe.weight_decay
-        self.state = State(seed, *adamw, recipe.dropout, recipe.shift_pixels)
-
-    def train(self, images, targets, lr):
-        self.network.train_pass(self.weights, images, targets, lr, moments=self.moments, state=self.state)
-
-    def compute_outputs(self, images):
-        return self.network.compute_outputs(self.weights, images)[None]
-
-    def parameters(self):
-        return [self.weights]
+def init_parameters(seed, config):
+    """As in repro.py; but -1 is no target of logits, so that their biases start at 0."""
+    bias = "target" if config["loss"] == "mse" else "zero"
+    return repro.init_parameters(seed, {**repro.KARPATHY, "bias": bias})
 
 
-def compile_network(engine, device, recipe):
-    """The network of the C engine, or None where PyTorch is to train."""
-    return repro.compile_network(
-        engine,
-        device,
-        loss=recipe.loss.replace("-", "_"),
-        activation=recipe.activation,
-        optimizer=recipe.optimizer,
-        shift=recipe.shift,
-        dropout=recipe.dropout > 0,
-        batch_size=recipe.batch_size,
-    )
-
-
-# Training
+def decayed_lr(config, number):
+    """The learning rate of pass `number`, 1 to `passes`: it falls linearly from pass to pass."""
+    share = (number - 1) / (config["passes"] - 1) if config["passes"] > 1 else 0
+    return (1 - share) * config["lr"] + share * config["final_lr"]
 
 
 def evaluate(outputs, labels, loss):
@@ -262,99 +157,187 @@ def evaluate(outputs, labels, loss):
     misses = int((outputs.argmax(axis=1) != labels).sum())
     if loss == "mse":
         return float(np.square(outputs - repro.place_code(labels), dtype=np.float64).mean()), misses
-    with np.errstate(invalid="ignore"):  # of infinite logits; the loss is then no number, which is noticed
+    with np.errstate(invalid="ignore"):  # infinite logits make a loss of nan, which is noticed
         shifted = outputs.astype(np.float64) - outputs.max(axis=1, keepdims=True)
     log_sums = np.log(np.exp(shifted).sum(axis=1))
     return float((log_sums - shifted[np.arange(len(labels)), labels]).mean()), misses
 
 
-def train(seeds, name, splits, recipe, network, args, folder, progress, stop):
-    """Train a replica for each seed, pass by pass: parameters, logs, and the first replica's test outputs."""
-    if stop.is_set():
-        return None
+def train(config, seeds, splits, engine, progress=lambda n: None, every_pass=True):
+    """Train a replica for each seed: seed -> its records, and the replicas.
+
+    `splits`: train and test, each images (n, 1, 20, 20) and labels (n,). `engine(seeds)` makes the replicas.
+    `progress(n)` hears of n presentations. Every pass is evaluated, or only the last.
+    """
+    replicas, records = engine(seeds), {seed: [] for seed in seeds}
     images, labels = splits["train"]
-    recipe = recipe._replace(batch_size=min(recipe.batch_size, len(labels)))  # no room for what never comes
-    replicas = Single(*seeds, recipe, network) if network else Stack(seeds, recipe, args.device)
-    targets = repro.place_code(labels) if recipe.loss == "mse" else np.eye(10, dtype=np.float32)[labels]
-    logs, train_seconds = [[] for _ in seeds], 0.0
-    reported = 1 + len(seeds) // 16  # passes: to write hundreds of logs may take longer than to train
-    for number in range(1, recipe.passes + 1):
-        lr = decayed_lr(recipe, number)
-        for start in range(0, len(images), replicas.at_a_time):  # for the bar and for Ctrl-C, too
-            if stop.is_set():
-                return None
+    targets = repro.place_code(labels) if config["loss"] == "mse" else np.eye(10, dtype=np.float32)[labels]
+    for number in range(1, config["passes"] + 1):
+        lr = decayed_lr(config, number)
+        for start in range(0, len(images), replicas.at_a_time):  # in parts, for the bar and for Ctrl-C
             part = slice(start, start + replicas.at_a_time)
-            started = time.perf_counter()
             try:
-                replicas.train(images[part], targets[part], lr)
+                replicas.train_pass(images[part], targets[part], lr)
             except FloatingPointError as error:
-                raise utils.RunFailed(f"seed {seeds[0]}: in pass {number}, {error}; lower --lr.") from error
-            train_seconds += time.perf_counter() - started
-            progress.update(len(seeds) * len(images[part]))
-        for split, digits in splits.items():
-            for seed, log, outputs in zip(seeds, logs, replicas.compute_outputs(digits[0])):
-                loss, misses = evaluate(outputs, digits[1], recipe.loss)
-                facts = loss, misses, len(digits[1]), number * len(labels), train_seconds
-                log.append(utils.evaluation(seed, number, split, *facts))
-        if number % reported == 0 or number == recipe.passes:
-            for seed, log in zip(seeds, logs):
-                utils.report_pass(log, folder, name, seed, args.quiet)
-    parameters = replicas.parameters()
-    for seed, own in zip(seeds, parameters):
-        utils.write_whole(folder / f"weights-seed{seed}.npz", utils.npz_bytes(**own._asdict()))
-    return parameters, logs, replicas.compute_outputs(splits["test"][0])[0]
+                which = f"seed {seeds[0]}" + f" to {seeds[-1]}" * (len(seeds) > 1)
+                raise utils.RunFailed(f"{which}, pass {number}: {error}; lower --lr") from error
+            progress(len(seeds) * len(images[part]))
+        if every_pass or number == config["passes"]:
+            for split, (digits, answers) in splits.items():
+                for seed, outputs in zip(seeds, replicas.compute_outputs(digits)):
+                    loss, misses = evaluate(outputs, answers, config["loss"])
+                    records[seed].append(runs.evaluation(number, split, loss, misses, len(answers)))
+    return records, replicas
 
 
-def train_all(seeds, name, splits, recipe, network, args, folder):
-    """All replicas: in C `args.threads` at a time, in PyTorch as one stack."""
-
-    def together(seeds, progress, stop):
-        try:
-            return train(seeds, name, splits, recipe, network, args, folder, progress, stop)
-        except (RuntimeError, MemoryError) as error:
-            words = "out of memory", "allocate memory"  # of CUDA, and of PyTorch on a CPU
-            if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
-                raise
-            count = f"{len(seeds)} replicas with batches of {recipe.batch_size}"
-            raise utils.RunFailed(
-                f"{count} do not fit into memory; lower --seeds or --batch-size."
-            ) from error
-
-    jobs = [[seed] for seed in seeds] if network else [seeds]
-    total = len(seeds) * recipe.passes * len(splits["train"][1])
-    done = utils.in_parallel(together, jobs, args.threads, total, args.quiet)
-    return done[0][0][0], [log for _, logs, _ in done for log in logs], done[0][2]
+# Replicas. Each has its own weights and its own random numbers; all see the same digits in the same order.
 
 
-# Around it
+class TorchReplicas:
+    """A replica for each seed, on any device: the functions above, mapped over stacked parameters."""
+
+    def __init__(self, config, device, seeds, dtype=None):
+        self.config, self.device, self.dtype = config, device, dtype or torch.float32
+        self.at_a_time = max(1, min(1000, 2**14 // len(seeds)) // config["batch_size"]) * config["batch_size"]
+        stacked = map(np.stack, zip(*(init_parameters(seed, config) for seed in seeds)))
+        self.stacked = [self.tensor(array).requires_grad_() for array in stacked]  # (replicas, ...)
+        self.optimizer = make_optimizer(self.stacked, config)  # element by element, hence for each replica
+        self.seeds, self.presentations = torch.tensor(seeds, device=device), 0
+
+    def tensor(self, array):
+        return torch.tensor(array, dtype=self.dtype, device=self.device)
+
+    def measure_loss(self, stacked, images, targets, scale, config):
+        """The sum of the replicas' losses, whose gradient is that of each for its own parameters."""
+        if len(self.seeds) == 1:  # the same, and twice as fast as a map over one
+            parameters = [parameter.squeeze(0) for parameter in stacked]
+            return measure_loss(parameters, images.squeeze(0), targets, scale.squeeze(0), config)
+        mapped = torch.func.vmap(functools.partial(measure_loss, config=config), in_dims=(0, 0, None, 0))
+        return mapped(stacked, images, targets, scale).sum()
+
+    def train_pass(self, images, targets, lr):
+        config, replicas, n = self.config, len(self.seeds), len(images)
+        numbers = self.presentations + torch.arange(n, device=self.device)
+        self.presentations += n
+        shown, scale = self.tensor(images), self.tensor(np.float32(1)).expand(replicas, n, 192)
+        if config["dropout"]:
+            scale = chance.sample_kept(self.seeds, numbers, config["dropout"]) / (1 - config["dropout"])
+            scale = scale.to(self.dtype)
+        if config["shift"] == "none":
+            shown = shown.expand(replicas, *shown.shape)
+        else:
+            down, right = chance.sample_moves(self.seeds, numbers, config["shift_pixels"])
+            shown = shift(shown, down, right, config["shift"])
+        self.optimizer.param_groups[0]["lr"] = lr
+        given = self.stacked, self.optimizer, shown, self.tensor(targets), scale, config
+        train_pass(*given, self.measure_loss)
+        if not all(parameter.isfinite().all() for parameter in self.stacked):
+            raise FloatingPointError("a parameter is no longer finite")
+
+    def compute_outputs(self, images):
+        """The outputs (replicas, n, 10) for images (n, 1, 20, 20); nothing is shifted or dropped."""
+        mapped = torch.func.vmap(functools.partial(forward, config=self.config), in_dims=(0, None))
+        with torch.no_grad():
+            parts = self.tensor(images).split(max(1, 2**14 // len(self.seeds)))
+            return torch.cat([mapped(self.stacked, part) for part in parts], dim=1).cpu().numpy()
+
+    def parameters(self):
+        """Parameters of arrays, for each replica."""
+        return [Parameters(*own) for own in zip(*(each.detach().cpu().numpy() for each in self.stacked))]
 
 
-def run(change, args, decided, digits, splits):
-    """Train the replicas of a change and write their folder: the logs, the folder and its settings."""
-    data = digits.provenance["data"]
-    recipe = make_recipe(change, data, decided)
-    usual = make_recipe(change, data)
-    deciding = {key: value for key, value in decided.items() if value != getattr(usual, key)}
-    settings = {key: value for key, value in digits.provenance.items() if key in ("data", "draw")}
-    name = ", ".join([*settings.values(), f"change {change} ({NAMES[change]})"])
-    settings |= {"change": change}
-    settings |= {"train_size": args.train_size} if args.train_size != prepro.TRAIN_SIZE else {}
-    settings |= deciding | ({"smoke": True} if args.smoke else {})
-    recipe = recipe._replace(passes=min(recipe.passes, 2)) if args.smoke else recipe
+class CReplica:
+    """The same, faster: a single replica in C."""
 
-    network = compile_network(args.engine, args.device, recipe)
-    args.threads = min(args.threads, args.seeds) if network else 1
-    facts = {"engine": "c" if network else "torch", "threads": args.threads, "change_name": NAMES[change]}
-    facts |= {"recipe": recipe._asdict(), "data_sha256": digits.sha256()}
-    described = utils.describe_run("modern", settings, args, **facts)
-    out = Path(args.out) / f"change{change}" if args.out and args.change == "all" else args.out
-    with utils.run_folder(out, described) as folder:
-        parameters, logs, outputs = train_all(described["seeds"], name, splits, recipe, network, args, folder)
-        if args.figures:
-            draw_figures(folder, name, args.seed, settings, recipe, parameters, logs, outputs, splits)
-    if args.seeds > 1:
-        print(repro.summary(name, logs))
-    return logs, utils.run_path(out, described), settings
+    def __init__(self, config, network, seeds):
+        self.network, self.at_a_time = network, max(1, 1000 // config["batch_size"]) * config["batch_size"]
+        (seed,) = seeds
+        self.own = init_parameters(seed, config)
+        self.moments = [[np.zeros_like(array) for array in self.own] for _ in range(2)]
+        adamw = (config[name] for name in ("beta1", "beta2", "epsilon", "weight_decay"))
+        self.state = State(seed, *adamw, config["dropout"], config["shift_pixels"])
+
+    def train_pass(self, images, targets, lr):
+        self.network.train_pass(self.own, images, targets, lr, moments=self.moments, state=self.state)
+
+    def compute_outputs(self, images):
+        return self.network.compute_outputs(self.own, images)[None]
+
+    def parameters(self):
+        return [self.own]
+
+
+def pick_engine(name, device, config):
+    """What makes replicas for a list of seeds, `engine(seeds)`; those in C are for lists of one."""
+    network = repro.compile_network(
+        name,
+        device,
+        loss=config["loss"].replace("-", "_"),
+        activation=config["activation"],
+        optimizer=config["optimizer"],
+        shift=config["shift"],
+        dropout=config["dropout"] > 0,
+        batch_size=config["batch_size"],
+    )
+    if network:
+        return functools.partial(CReplica, config, network)
+    repro.prepare_torch(device)
+    return functools.partial(TorchReplicas, config, device)
+
+
+# Files and flags
+
+
+def run_change(change, args, changes, digits, splits):
+    """Train the seeds of a change and write its run, weights and figures: the Run."""
+    where = {key: value for key, value in digits.provenance.items() if key in ("data", "draw")}
+    config = make_config(change, **where, train_size=args.train_size, **changes)
+    usual = make_config(change, **where, **{key: changes[key] for key in ("lr",) if key in changes})
+    usual = {**usual, "lr": make_config(change, **where)["lr"]}
+    if args.smoke:
+        config |= {"passes": min(config["passes"], 2), "smoke_digits": 500}
+    engine = pick_engine(args.engine, args.device, config)
+    in_c = engine.func is CReplica
+    words = [config["data"], *([config["draw"]] if config.get("draw") == "train-first" else [])]
+    words += [f"change{change}"] if change != len(CHANGES) - 1 else []
+    facts = {"engine": "c" if in_c else "torch", "device": args.device}
+    path = runs.path_of(args, words, config, usual, **facts)
+    threads, seeds = min(args.threads, args.seeds) if in_c else 1, range(args.seed, args.seed + args.seeds)
+    with runs.open_run(path, "modern", config, digits.sha256(), log=True, threads=threads, **facts) as run:
+
+        def train_and_save(own, progress):
+            started = time.perf_counter()
+            records, replicas = train(config, own, splits, engine, progress)
+            run.add(records, time.perf_counter() - started)
+            for seed, parameters in zip(own, replicas.parameters()):
+                where, arrays = weights.weights_path(path, seed), parameters._asdict()
+                weights.save_weights(where, "convnet1989, modern", config, run.data_sha256, arrays)
+            return replicas
+
+        jobs = [[seed] for seed in seeds] if in_c else [list(seeds)]
+        total = len(seeds) * config["passes"] * len(splits["train"][1])
+        trained = runs.in_parallel(train_and_save, jobs, threads, total, args.quiet, "digit")
+    if args.figures:
+        plot(run, trained[0], splits, args.seed)
+    if args.change == "all":
+        print(f"\n{title_of(config)}")
+    runs.report(run, seeds, args.quiet)
+    return run
+
+
+def title_of(config):
+    """The digits and the change, for a title."""
+    change = f"change {config['change']} ({NAMES[config['change']]})"
+    return ", ".join([config["data"], *filter(None, [config.get("draw")]), change])
+
+
+def published_row(config):
+    """The row of reference/karpathy2022.toml that was published of exactly this config, or None."""
+    for row in utils.reference("karpathy2022").values():
+        run = dict(row.get("run", {}))
+        if run.pop("script", None) == "modern" and make_config(**run) == config:
+            return row
+    return None
 
 
 def confidences(outputs, loss):
@@ -365,125 +348,101 @@ def confidences(outputs, loss):
     return 1 / np.exp(outputs - highest[:, None]).sum(axis=1)
 
 
-def published_row(settings):
-    """The row of reference/karpathy2022.toml that is held against runs of these settings, or None."""
-    wanted = {"script": "modern", **settings}
-    return next((row for row in utils.reference("karpathy2022").values() if row.get("run") == wanted), None)
+def plot(run, replicas, splits, seed):
+    """Learning curves of all seeds on file; of the first trained, misses (surest first) and kernels."""
+    from records import figures
 
-
-def draw_figures(folder, name, seed, settings, recipe, parameters, logs, outputs, splits):
-    """curves.png of all replicas; misses.png, most confident first, and filters.png of the first."""
-    import figures
-
-    loss = {"mse": "mean squared error", "cross-entropy": "cross-entropy"}[recipe.loss]
-    curves = figures.learning_curves(logs, name, published_row(settings), loss)
-    figures.save(curves, folder / "curves.png")
+    config, title, path = run.config, title_of(run.config), run.path.with_suffix("")
+    loss = {"mse": "mean squared error", "cross-entropy": "cross-entropy"}[config["loss"]]
+    curves = figures.learning_curves(list(run.records.values()), title, published_row(config), loss)
+    figures.save(curves, f"{path}.curves.png")
     images, labels = splits["test"]
-    digits, title = images[:, 0, 2:-2, 2:-2], f"{name}, seed {seed}"
-    missed = figures.misses(digits, labels, outputs.argmax(axis=1), title, confidences(outputs, recipe.loss))
-    figures.save(missed, folder / "misses.png")
-    figures.save(figures.kernels(parameters.H1w[:, 0], f"{title}: the kernels of H1"), folder / "filters.png")
+    outputs, title = replicas.compute_outputs(images)[0], f"{title}, seed {seed}"
+    sure = confidences(outputs, config["loss"])
+    missed = figures.misses(images[:, 0, 2:-2, 2:-2], labels, outputs.argmax(axis=1), title, sure)
+    figures.save(missed, f"{path}.misses.png")
+    kernels = figures.kernels(replicas.parameters()[0].H1w[:, 0], f"{title}: the kernels of H1")
+    figures.save(kernels, f"{path}.kernels.png")
 
 
-def draw_ladder(path, logs, settings):
-    """Test misses of all seeds at each change, and the published ones where the settings are those."""
-    import figures
+def plot_ladder(ladder):
+    """Test misses of all seeds after each change; published ones where all configs are the published ones."""
+    from records import figures
 
-    misses = [[utils.last_evaluations(log)["test"]["misses"] for log in of_change] for of_change in logs]
-    reference, published = utils.reference("karpathy2022"), None
-    usual = [{"data": "mnist", "draw": "test-first", "change": change} for change in range(len(NAMES))]
-    if list(settings) == usual:
-        published = [utils.published(reference[key]["test_misses"]) for key in ("repro", *NAMES[1:])]
-    names = [f"{change}\n{name}" for change, name in enumerate(NAMES)]
-    common = {key: value for key, value in settings[-1].items() if key != "change"}
-    title = ", ".join(value if key in ("data", "draw") else f"{key} {value}" for key, value in common.items())
-    label = f"misses of {logs[0][0][-1]['n']:,} test digits"
-    figures.save(figures.ladder(misses, names, published, label, f"{title}, {len(misses[0])} seeds"), path)
+    misses = [[record["misses"] for record in run.final("test")] for run in ladder]
+    published, reference = None, utils.reference("karpathy2022")
+    if all(run.config == make_config(change) for change, run in enumerate(ladder)):
+        published = [tables.published(reference[row]["test_misses"]) for row in ("repro", *NAMES[1:])]
+    last, names = ladder[-1], [f"{change}\n{name}" for change, name in enumerate(NAMES)]
+    label = f"misses of {last.final('test')[0]['n']:,} test digits"
+    title = f"{last.name}, {len(misses[-1])} seeds"
+    name = "ladder.png" if last.name == "mnist" else f"{last.name}.ladder.png"
+    figures.save(figures.ladder(misses, names, published, label, title), last.path.with_name(name))
 
 
 def parse_flags(argv):
-    """The flags, and those of the Recipe that were given."""
+    """The flags, and the numbers of the config that they change."""
     parser = utils.Parser("modern", __doc__)
     number = utils.number
-    count = number(int, at_least=1, at_most=10**6)
-    rate, share = number(float, above=0, at_most=1e38), number(float, at_least=0, below=1)
-    flag = parser.add_argument_group("data").add_argument
-    flag("--data", default="auto", choices=("auto", "mnist", "usps", "strokes"), help=prepro.AUTO_HELP)
-    flag("--draw", choices=prepro.DRAWS, help=prepro.DRAW_HELP)
-    flag("--data-root", metavar="DIR", help=prepro.DATA_ROOT_HELP)
-    size = number(int, at_least=1, at_most=max(prepro.LARGEST.values()))
-    flag("--train-size", default=prepro.TRAIN_SIZE, type=size, help="digits to train on: mnist has 60,000")
-    flag = parser.add_argument_group("the change").add_argument
-    changes = (*map(str, range(len(CHANGES))), "all")
-    flag(
-        "--change",
-        default="4",
-        choices=changes,
-        help="how far: 0 1989, 1 softmax, 2 adamw, 3 shift, 4 dropout",
-    )
-    flag = parser.add_argument_group("optimisation and model (defaults: those of the change)").add_argument
-    flag("--passes", type=count, help="over the digits to train on")
-    flag("--lr", type=rate, help="learning rate, of the first pass")
-    flag(
-        "--final-lr",
-        type=number(float, at_least=0, at_most=1e38),
-        help="of the last pass; in between it falls linearly (default: in proportion)",
-    )
-    flag("--batch-size", type=count, help="digits to a step (1)")
-    flag("--loss", choices=("mse", "cross-entropy"), help="mse: of tanh outputs; cross-entropy: of logits")
-    flag("--activation", choices=("tanh", "relu"), help="of hidden units")
-    flag("--optimizer", choices=("sgd", "adamw"), help="what steps down the gradient")
-    flag("--beta1", type=share, help="AdamW's decay of the mean gradient (0.9)")
-    flag("--beta2", type=share, help="and of the mean square (0.999)")
-    flag("--epsilon", type=rate, help="AdamW's (1e-8)")
-    flag("--weight-decay", type=number(float, at_least=0, at_most=1e38), help="AdamW's (0.01)")
-    flag(
-        "--shift",
-        choices=("none", "roll", "pad"),
-        help="roll: digits wrap; pad: background moves in, as on usps",
-    )
-    flag("--shift-pixels", type=number(int, at_least=1, at_most=15), help="at most (1)")
-    flag("--dropout", type=share, help="the share of H2's outputs dropped")
-    args = utils.parse(parser, "modern", argv)
-    given = {key: getattr(args, key) for key in Recipe._fields if getattr(args, key) is not None}
-    return args, given
+    count, above0 = number(int, 1, 10**6), number(float, above=0, at_most=1e38)  # float32 ends there
+    at_least0, share = number(float, at_least=0, at_most=1e38), number(float, at_least=0, below=1)
+    size = number(int, 1, max(prepro.LARGEST.values()))
+    flag = prepro.add_data_flags(parser).add_argument
+    text = f"digits to train on: mnist has 60,000 (default: {prepro.TRAIN_SIZE})"
+    flag("--train-size", default=prepro.TRAIN_SIZE, type=size, help=text)
+    flag = parser.add_argument_group("the changes, and what they set").add_argument
+    text = "how far to go: 0 1989, 1 softmax, 2 adamw, 3 shift, 4 dropout, or all (default: 4)"
+    flag("--change", default="4", choices=(*map(str, range(len(CHANGES))), "all"), help=text)
+    helps = {
+        "passes": ("passes over the training digits", count),
+        "lr": ("learning rate of the first pass", above0),
+        "final-lr": ("learning rate of the last pass; another --lr scales it", at_least0),
+        "batch-size": ("digits to a step", count),
+        "loss": ("mse of tanh outputs, or cross-entropy of logits", ("mse", "cross-entropy")),
+        "activation": ("of the hidden units", ("tanh", "relu")),
+        "optimizer": ("what steps down the gradient", ("sgd", "adamw")),
+        "beta1": ("AdamW's decay of the mean gradient", share),
+        "beta2": ("AdamW's decay of the mean squared gradient", share),
+        "epsilon": ("AdamW's", above0),
+        "weight-decay": ("AdamW's", at_least0),
+        "shift": ("roll: digits wrap; pad: background moves in, as on usps", ("none", "roll", "pad")),
+        "shift-pixels": ("how far digits are shifted at most", number(int, 1, 15)),
+        "dropout": ("the share of H2's outputs that is dropped", share),
+    }
+    for name, (text, kind) in helps.items():
+        values = dict.fromkeys(str(make_config(c)[name.replace("-", "_")]) for c in range(len(CHANGES)))
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        default = f"by change: {', '.join(values)}" if len(values) > 1 else f"default: {min(values)}"
+        flag(f"--{name}", help=f"{text} ({default})", **how)
+    utils.add_run_flags(parser, utils.ROOT / "results" / "modern")
+    parser.add_argument("--figures", default=True, action=argparse.BooleanOptionalAction, help="draw figures")
+    args = parser.parse_args(argv)
+    return args, {name: getattr(args, name) for name in CHANGES[0] if getattr(args, name) is not None}
 
 
-def decide(change, data, given):
-    """Of the flags given, those that the recipe of a change makes use of, and those that it does not."""
-    recipe, unused = make_recipe(change, data, given), set()
-    if recipe.optimizer != "adamw":
+def used(change, changes):
+    """Those of the changed numbers that decide a result: AdamW's only with AdamW, for example."""
+    config, unused = make_config(change, **changes), set()
+    if config["optimizer"] != "adamw":
         unused |= {"beta1", "beta2", "epsilon", "weight_decay"}
-    if recipe.shift == "none":
+    if config["shift"] == "none":
         unused |= {"shift_pixels"}
-    return {key: value for key, value in given.items() if key not in unused}, unused & set(given)
+    return {name: value for name, value in changes.items() if name not in unused}
 
 
 @utils.exit_status
 def main(argv=None):
-    args, given = parse_flags(argv)
-    changes = range(len(CHANGES)) if args.change == "all" else [int(args.change)]
-    decided, unused = zip(*(decide(change, args.data, given) for change in changes))
-    if ignored := set.intersection(*unused):
-        flag = "--" + min(ignored).replace("_", "-")
-        raise utils.BadRequest(f"{flag} changes nothing where there is no AdamW or no shift: leave it out.")
-    if args.change == "all" and args.out and Path(args.out).is_dir():
-        ours = {*(f"change{change}" for change in changes), "ladder.png"}
-        if {path.name for path in Path(args.out).iterdir()} - ours:
-            raise utils.BadRequest(f"{args.out} is not empty and holds no ladder: give another --out.")
-    digits = repro.load_digits(args, args.train_size)
+    args, changes = parse_flags(argv)
+    numbers = range(len(CHANGES)) if args.change == "all" else [int(args.change)]
+    of_changes = [used(change, changes) for change in numbers]
+    if unused := set(changes).difference(*of_changes):
+        flag = "--" + min(unused).replace("_", "-")
+        raise utils.BadRequest(f"{flag} changes nothing where there is no AdamW or no shift: leave it out")
+    digits = prepro.load_digits(args.data, args.draw, args.data_root, args.train_size)
     splits = repro.border_splits(digits, 500 if args.smoke else None)
-    logs, folders, settings = zip(
-        *(run(change, args, own, digits, splits) for change, own in zip(changes, decided))
-    )
+    done = [run_change(change, args, own, digits, splits) for change, own in zip(numbers, of_changes)]
     if args.change == "all" and args.figures:
-        folder = folders[-1].with_name(folders[-1].name.replace("change4", "ladder"))
-        folder = Path(args.out) if args.out else folder
-        folder.mkdir(parents=True, exist_ok=True)
-        draw_ladder(folder / "ladder.png", logs, settings)
-        folders = *folders, folder
-    if not args.quiet:
-        print("logs, weights and figures:", *folders, sep="\n  ")
+        plot_ladder(done)
 
 
 if __name__ == "__main__":
