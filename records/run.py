@@ -194,10 +194,8 @@ def open_run(path, script, config, data_sha256, log=False, **facts):
 
 
 def path_of(args, words, config, preset, engine="c", device="cpu"):
-    """The .jsonl file of a main script's run: `<args.out>/<words and what differs from the preset>.jsonl`."""
-    changed = {
-        key: value for key, value in config.items() if preset.get(key) != value and key != "smoke_digits"
-    }
+    """The .jsonl file of a main script's run, named by `words` and by what differs from the preset."""
+    changed = {key: value for key, value in config.items() if preset.get(key) != value}
     words = [*words, *(f"{key.replace('_', '-')}{value}" for key, value in changed.items())]
     words += [device] if device != "cpu" else ["torch"] if engine == "torch" else []
     folder, results = args.out, utils.ROOT / "results"
@@ -246,14 +244,16 @@ def in_parallel(function, jobs, threads, total, quiet, unit="digit"):
     """`function(job, progress)` for each job, `threads` at a time: the results, in the order of jobs.
 
     A job calls `progress(n)` now and then: it moves a bar of `total` units on by n, and raises utils.Stopped
-    when Ctrl-C or SIGTERM was received or another job has failed.
+    when Ctrl-C or SIGTERM was received or another job has failed. `progress(n, name)` names the bar, too.
     """
     stop, received = threading.Event(), []
     bar = tqdm(total=total, unit=unit, unit_scale=True, disable=quiet or None)
 
-    def progress(n):
+    def progress(n, name=None):
         if stop.is_set():
             raise utils.Stopped(*received)
+        if name:
+            bar.set_description(name)
         bar.update(n)
 
     with _signals_set(stop, received), bar, ThreadPoolExecutor(threads) as pool:

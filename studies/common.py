@@ -54,6 +54,7 @@ def run_configs(args, study, configs, train, data_sha256="", work=None, together
 
         def job(job, progress):
             run, own = job
+            progress(0, run.name)
             started = time.perf_counter()
             if together:
                 results = train(run.config, own, progress)
