@@ -470,6 +470,7 @@ def main(argv=None):
     where = {key: value for key, value in digits.provenance.items() if key in ("data", "draw")}
     config, preset = make_config(args.preset, **where, **changes), make_config(args.preset, **where)
     if args.smoke:
+        preset |= {"passes": 2, "smoke_digits": 500}
         config |= {"passes": min(config["passes"], 2), "smoke_digits": 500}
     engine = pick_engine(args.engine, args.device, config)
     threads = min(args.threads, args.seeds) if isinstance(engine, Convnet1989) else 1
