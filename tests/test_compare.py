@@ -263,7 +263,8 @@ def test_only_runs_of_exactly_the_config_and_that_of_most_seeds_first(tmp_path):
     write_run(tmp_path, "d", MNIST | {"smoke_digits": 500}, NEAR)
     write_run(tmp_path, "e", {key: value for key, value in MNIST.items() if key != "mu"}, NEAR)
     write_run(tmp_path, "f", MNIST, NEAR, script="modern")
-    write_run(tmp_path, "g", MNIST, NEAR, script="smoke")
+    (tmp_path / "smoke").mkdir()
+    write_run(tmp_path, "g", MNIST, NEAR).rename(tmp_path / "smoke" / "g.jsonl")
     write_run(tmp_path / "smoke", "h", MNIST, NEAR)
     held = {
         reading.name: [run.name for run in reading.runs] for reading in collected(tmp_path) if reading.runs
