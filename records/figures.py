@@ -201,6 +201,9 @@ def layers_learning(running, title, evaluated=()):
         for number, values in enumerate(zip(*(record[quantity] for record in running))):
             axis.plot(passes, values, label=f"layer {number + 1}", color=f"C{number}")
         axis.set(xlabel="passes", yscale="log")
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.5)))
         axis.grid(True)
     softmax = [record["softmax_error"] for record in running]
     axes[1].plot(passes, softmax, "--", color="0.4", label="softmax, while training")
@@ -208,9 +211,10 @@ def layers_learning(running, title, evaluated=()):
         last = evaluated[-1]
         label = f"{last['split']} error: {last['error']:.2f}%"
         axes[1].plot([e["pass"] for e in evaluated], [e["error"] for e in evaluated], "k.", label=label)
-    axes[0].set(ylabel="loss of a layer, for a pair", title=title)
-    axes[1].set(ylabel="wrong (%)", title="pairs misordered, digits missed")
+    axes[0].set(ylabel="loss of a pair", title="the layers' own losses")
+    axes[1].set(ylabel="wrong (%)", title="pairs that a layer misorders, digits that are missed")
     axes[1].legend(fontsize="small")
+    figure.suptitle(title, fontsize="medium")
     return figure
 
 
@@ -257,7 +261,7 @@ def labelled(images, labels, title):
     inputs = np.arange(width) * 10 // width  # ten wide pixels
     shown[:, :, :3] = np.where(inputs == np.array(labels)[:, :, None], 1, 0.15)[:, :, None]
     captions = [f"{sign} {label}" for sign, own in zip("+\N{MINUS SIGN}", labels) for label in own]
-    title = f"{title}: positives and negatives, each below its label's ten inputs"
+    title = f"{title}:\npositives and negatives, each below the ten inputs of its label"
     return gallery(shown.reshape(-1, height + 4, width), captions, title, columns=n, low=0, high=1)
 
 
