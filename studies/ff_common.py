@@ -1,0 +1,169 @@
+"""What ff_unsupervised and ff_recurrent share: gradients of layers and softmax, the training loop, the table.
+
+A layer's log-likelihood is that of forward_forward.py, and so are its steps. What differs is where a layer's
+inputs come from, so the derivative is taken by a layer's products, and each study makes gradients of it.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import forward_forward as ff
+import utils
+from records import run as runs
+from records.tables import markdown_table, mean_sd, read_runs
+from studies import common
+
+USUAL = {  # as in Hinton's Matlab code; `parts` and `precision` decide the rounding
+    "data": "mnist",
+    "batch_size": 100,
+    "parts": 1,
+    "lr_hold": 0.5,
+    "momentum": 0.9,
+    "weight_decay": 1e-3,
+    "threshold": 1.0,
+    "peer": 0.03,
+    "head_lr": 0.1,
+    "head_weight_decay": 3e-3,
+    "precision": "bf16",
+}
+SMOKE = {"passes": 2, "smoke_digits": 500}
+
+
+class Network:
+    """Layers, and a softmax that reads what all but the first of them pass on."""
+
+    def __init__(self, config, layers, engine, device="cpu"):
+        self.config, self.layers, self.engine = SimpleNamespace(**config), layers, engine
+        read = sum(len(layer.biases) for layer in layers[1:])  # the paper finds that the first does harm
+        self.head, self.head_velocity = torch.zeros(2, read, ff.LABELS, device=device)
+
+
+def read_softmax(network, passed_on):
+    """What the softmax reads (n, k) of what each layer passes on, and its logits."""
+    read = torch.cat(passed_on[1:], dim=1)
+    return read, (read @ network.head.to(read.dtype)).float()
+
+
+def head_gradient(read, logits, labels):
+    """The gradient by the softmax's weights, summed over examples, and its misses."""
+    error = F.one_hot(labels, ff.LABELS) - torch.softmax(logits, dim=1)
+    return (read.T @ error.to(read.dtype)).float(), (logits.argmax(dim=1) != labels).sum()
+
+
+def derivative(layer, h, sums, config, slope=1):
+    """The derivative (2n, width) of a layer's log-likelihood by its products, its loss, and pairs misordered.
+
+    h (2n, width) are n positives and then n negatives, as in forward_forward.layer_gradient, but no example
+    is skipped. `slope` is that of the activities by the products, where they are not simply a ReLU.
+    """
+    n = len(h) // 2
+    logit = sums - config.threshold * h.shape[1]
+    against = torch.cat([-logit[:n], logit[n:]])
+    twice = torch.full_like(against, 2)  # the derivative of a square is twice what is squared
+    twice[n:] *= -1
+    d = (twice * torch.sigmoid(against))[:, None] * h.float() * slope
+    d[:n] += config.peer * (layer.mean_activity.mean() - layer.mean_activity)
+    return d, F.softplus(against).sum(), (logit[:n] <= logit[n:]).sum()
+
+
+def train_pass(network, images, labels, seed, number, batch_gradients, progress):
+    """Show all images once, in batches: what the record says of learning, as it was meanwhile.
+
+    `batch_gradients` gets images, labels, which of them are chosen (n,), those that come one before these in
+    the order of the pass, random numbers `chance` (n,), and a generator for more.
+    """
+    config, n, losses, misordered, misses = network.config, len(labels), 0, 0, 0
+    generator = np.random.default_rng((seed, number))
+    order = torch.from_numpy(generator.permutation(n)).to(labels.device)
+    chance = torch.from_numpy(generator.random(n, dtype=np.float32)).to(labels.device)
+    for first in range(0, n, config.batch_size):
+        batch = slice(first, first + config.batch_size)
+        chosen, before = order[batch], order.roll(1)[batch]
+        found = batch_gradients(network, images, labels, chosen, before, chance[batch], generator)
+        rate = ff.lr_schedule((number + first / n) / config.passes, config.lr_hold)
+        ff.step(network, [found], len(chosen), rate, ff.Threads(1))
+        losses = losses + np.array([float(layer.loss) for layer in found.layers], np.float32)
+        misordered = misordered + np.array([float(layer.misordered) for layer in found.layers])
+        misses += int(found.misses)
+        progress(len(chosen))
+    return {
+        "layer_losses": (losses.astype(np.float64) / n).tolist(),
+        "layer_errors": (100 * misordered / n).tolist(),
+        "softmax_error": 100 * misses / n,
+    }
+
+
+def evaluate(network, inputs, labels, answer):
+    """The loss of the first way to answer, its misses, and the errors of every way in percent."""
+    found = [answer(network, images) for images in inputs.split(200)]
+    found = {way: torch.cat([own[way] for own in found]) for way in found[0]}
+    misses = {way: int((logits.argmax(dim=1) != labels).sum()) for way, logits in found.items()}
+    first, n = next(iter(found)), len(labels)
+    loss = float(F.cross_entropy(found[first].double(), labels))
+    return loss, misses[first], {way: 100 * count / n for way, count in misses.items()}
+
+
+def train_network(network, seed, splits, batch_gradients, answer, progress):
+    """Train it: the records of each pass, and of each split after the last pass."""
+    records, passes, n = [], network.config.passes, len(splits["train"][1])
+    for number in range(passes):
+        running = train_pass(network, *splits["train"], seed, number, batch_gradients, progress)
+        if not np.isfinite(running["layer_losses"]).all():
+            raise utils.RunFailed(
+                f"seed {seed}: training diverged in pass {number + 1}: lower the config's lr"
+            )
+        records.append({"pass": number + 1, "split": "running", **running, "presentations": (number + 1) * n})
+    for split, (inputs, labels) in splits.items():
+        loss, misses, errors = evaluate(network, inputs, labels, answer)
+        record = runs.evaluation(passes, split, loss, misses, len(labels))
+        records.append(record | {"presentations": passes * n, "errors": errors})
+    return records
+
+
+def run(study, doc, configs, train, argv, prepare):
+    """Train what the command line asks for: its flags, and the splits, whose images `prepare` has changed."""
+    parser = common.study_flags(study, doc, seed=1337, seeds=1)
+    scaled = [name for name in configs if name.endswith("-scaled")]
+    words = f"which to train, of {', '.join(configs)} (default: {' '.join(scaled)})"
+    parser.add_argument("--configs", nargs="+", choices=configs, default=scaled, metavar="NAME", help=words)
+    words = "of matrix products (default: bf16, which is slow on a processor that does not have it)"
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help=words)
+    args = common.parse(parser, argv)
+    torch.set_num_threads(1)  # each thread trains a network by itself
+    engine, engine_name = ff.pick_engine(args.engine, args.device, args.precision)
+    splits, sha256 = common.load_whole_mnist(args.data_root)
+    changes = {"precision": args.precision} | (SMOKE if args.smoke else {})
+    if args.smoke:
+        splits = {
+            split: (x[: SMOKE["smoke_digits"]], y[: SMOKE["smoke_digits"]])
+            for split, (x, y) in splits.items()
+        }
+    splits = {
+        split: (prepare(x).to(args.device, engine.dtype), y.to(args.device))
+        for split, (x, y) in splits.items()
+    }
+    suffix = "-fp32" if args.precision == "fp32" else ""
+    common.run_configs(
+        args, study, {name + suffix: {**configs[name], **changes} for name in args.configs},
+        lambda config, seed, progress: train(config, seed, splits, engine, progress), sha256,
+        work=lambda config: config["passes"] * len(splits["train"][1]),
+        engine=engine_name, device=args.device,
+    )  # fmt: skip
+    return args, splits
+
+
+def errors_table(folder, sizes_of):
+    """The runs in a folder as a Markdown table, beside what is published; `sizes_of(config)` are widths."""
+    lines, reference = [], utils.reference("ff")
+    for name, run in read_runs(folder).items():
+        errors = {split: [record["error"] for record in run.final(split)] for split in ("test", "train")}
+        seconds = [each for session in run.sessions for each in session["seconds"].values()]
+        sizes, published = sizes_of(run.config), reference[name.split("-")[0]]["test_error"]
+        cells = [name, "-".join(map(str, sizes)), run.config["passes"], f"{published}%"]
+        cells += [mean_sd(errors[split], unit="%") for split in errors]
+        lines.append([*cells, len(errors["test"]), f"{np.median(seconds) / 60:.1f}"])
+    head = ("config", "layers", "passes", "published", "test error", "train error", "seeds", "minutes a seed")
+    return markdown_table(head, lines, left=2)

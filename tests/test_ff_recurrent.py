@@ -1,0 +1,205 @@
+import functools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_ff_unsupervised import digits, environment, examples, nothing
+
+import forward_forward as ff
+import prepro
+import utils
+from records.run import read_run
+from studies import common, ff_common
+from studies import ff_recurrent as study
+
+ENGINE = ff.TorchOps(torch.float32)
+CONFIG = {**study.RECURRENT, "width": 15, "batch_size": 50, "passes": 4, "peer": 0.0}
+
+
+def network_of(seed=0, **changes):
+    """A small network in which nothing is 0, and no two things are alike."""
+    config = {**CONFIG, **changes}
+    network = ff_common.Network(config, study.make_layers(config, seed, ENGINE), ENGINE)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for layer in network.layers:
+        layer.biases.normal_(0, 0.3, generator=generator)
+        layer.mean_activity.uniform_(0, 1, generator=generator)
+    network.head.normal_(0, 0.3, generator=generator)
+    return network
+
+
+def naive(network, weights, biases, images, both):
+    """In float64: products and states after every iteration, and what the first states pass on.
+
+    The states before, and what a layer sees, are given: no gradient goes through them.
+    """
+
+    def passed_on(h):
+        return (h / (h.square().mean(dim=1, keepdim=True) + 1e-8).sqrt()).detach()
+
+    states, low = [], images.double()
+    for w, b in zip(weights, biases):
+        states.append((low @ w[: low.shape[1]] + b).relu())
+        low = passed_on(states[-1])
+    first = torch.cat([passed_on(h) for h in states[1:]], dim=1)
+    both = both(first) if callable(both) else both
+    repeats, count = len(both) // len(images), len(weights)
+    x, states = images.double().repeat(repeats, 1), [h.detach().repeat(repeats, 1) for h in states]
+    top, found = 10**0.5 * F.one_hot(both, 10).double(), []
+    for _ in range(8):
+        around = [x, *map(passed_on, states), top]
+        z = [torch.cat([around[k], around[k + 2]], dim=1) @ weights[k] + biases[k] for k in range(count)]
+        states = [0.3 * h.detach() + 0.7 * own.relu() for h, own in zip(states, z)]
+        found.append((z, states))
+    return found, first
+
+
+def parameters(network):
+    weights = [layer.weights.double().requires_grad_() for layer in network.layers]
+    return weights, [layer.biases.double().requires_grad_() for layer in network.layers]
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("peer", [0.0, 0.5])
+def test_gradients_against_autograd_in_float64(layers, peer):
+    network = network_of(layers=layers, peer=peer)
+    (images, _, labels), chance = examples(), torch.rand(9, generator=torch.Generator().manual_seed(5))
+    n, found = len(images), study.gradients(network, images, labels, chance)
+    weights, biases = parameters(network)
+    head = network.head.double().requires_grad_()
+
+    def sample(first):
+        wrong = ff.sample_negatives(labels, chance, (first @ head).detach().float())
+        assert not (wrong == labels).any()
+        return torch.cat([labels, wrong])
+
+    iterations, first = naive(network, weights, biases, images, sample)
+    softmax = first @ head
+    objective = -F.cross_entropy(softmax, labels, reduction="sum")
+    losses, misordered, activity = np.zeros(layers), np.zeros((2, layers)), [0] * layers
+    for z, states in iterations:
+        for k, (layer, own, h) in enumerate(zip(network.layers, z, states)):
+            logit = h.square().sum(dim=1) - h.shape[1]
+            likelihood = F.logsigmoid(logit[:n]).sum() + F.logsigmoid(-logit[n:]).sum()
+            pull = peer * (layer.mean_activity.mean() - layer.mean_activity).double()
+            objective = objective + (likelihood + (own[:n] * pull).sum()) / 8
+            losses[k] -= float(likelihood.detach()) / 8
+            # At the first iteration the label has not come down yet, and all pairs are ties but for rounding.
+            for bound, margin in zip(misordered, (-1e-4, 1e-4)):
+                bound[k] += int((logit[:n] <= logit[n:] + margin).sum()) / 8
+            activity[k] = activity[k] + h[:n].detach().sum(dim=0) / 8
+    true = torch.autograd.grad(objective, [*weights, *biases, head])
+    close = functools.partial(torch.testing.assert_close, rtol=5e-5, atol=5e-5, check_dtype=False)
+    close(found.head, true[-1])
+    assert int(found.misses) == int((softmax.argmax(dim=1) != labels).sum())
+    for k, own in enumerate(found.layers):
+        assert true[k].abs().max() > 1e-2  # there is something to compare
+        close(own.weights, true[k])
+        close(own.biases, true[layers + k])
+        close(own.activity, activity[k])
+        np.testing.assert_allclose(float(own.loss), losses[k], rtol=1e-5)
+        assert misordered[0, k] <= float(own.misordered) <= misordered[1, k]
+    assert misordered[0, -1] == misordered[1, -1]  # the top layer sees the label at once
+
+
+def test_a_layer_learns_by_its_own_goodness_alone():
+    """What only the second layer's objective depends on does not change the first one's gradient."""
+    images, _, labels = examples()
+    network = network_of(peer=0.5)
+    chance = torch.rand(9)
+    before = study.gradients(network, images, labels, chance)
+    network.layers[1].mean_activity.mul_(torch.linspace(0, 2, 15))
+    after = study.gradients(network, images, labels, chance)
+    assert torch.equal(before.layers[0].weights, after.layers[0].weights)
+    assert before.layers[0].weights.abs().max() > 0
+    assert not torch.equal(before.layers[1].weights, after.layers[1].weights)
+
+
+def test_iterations_are_synchronous_and_keep_three_tenths_of_a_state():
+    network = network_of(layers=3)
+    images, _, labels = examples()
+    below, states = study.bottom_up(network, images)
+    found, first = naive(network, *parameters(network), images, labels)
+    top = study.top_layer(labels, torch.float32)
+    for _, expected in found:
+        states, _, _ = study.iterate(network, below, states, top)
+        for state, own in zip(states, expected):
+            torch.testing.assert_close(state.double(), own.detach(), rtol=1e-5, atol=1e-5)
+    logits = study.answer(network, images)
+    assert list(logits) == ["goodness", "softmax"]  # the first is the answer
+    softmax = first @ network.head.double()
+    torch.testing.assert_close(logits["softmax"].double(), softmax.detach(), rtol=1e-5, atol=1e-5)
+    for label in (0, 7):  # iterations 3 to 5
+        found, _ = naive(network, *parameters(network), images, torch.full_like(labels, label))
+        goodness = sum(h.square().sum(dim=1) for _, states in found[2:5] for h in states)
+        torch.testing.assert_close(
+            logits["goodness"][:, label].double(), goodness.detach(), rtol=1e-5, atol=0
+        )
+
+
+@pytest.mark.quick
+def test_the_label_comes_down_by_one_layer_in_an_iteration():
+    network = network_of(layers=3)
+    images = examples()[0]
+    below, states = study.bottom_up(network, images)
+    runs = []
+    for label in (0, 1):
+        own, after = states, []
+        for _ in range(3):
+            top = study.top_layer(torch.full((len(images),), label), torch.float32)
+            own = study.iterate(network, below, own, top)[0]
+            after.append(own)
+        runs.append(after)
+    differ = [[not torch.equal(a, b) for a, b in zip(*pair)] for pair in zip(*runs)]
+    assert differ == [[False, False, True], [False, True, True], [True, True, True]]
+
+
+@pytest.fixture
+def on_strokes(monkeypatch):
+    monkeypatch.setattr(utils, "environment", environment)
+    monkeypatch.setattr(prepro, "load_whole_mnist", lambda data_root=None: digits())
+    for name in study.CONFIGS:
+        monkeypatch.setitem(study.CONFIGS, name, {**study.CONFIGS[name], "width": 30})
+
+
+def test_smoke_gives_the_same_bytes_with_any_number_of_threads(on_strokes, tmp_path, capsys):
+    texts = []
+    for threads in ("1", "2"):
+        flags = ["--smoke", "--quiet", "--precision", "fp32", "--threads", threads, "--seeds", "2"]
+        assert study.main([*flags, "--out", str(tmp_path / threads)]) == 0
+        run = read_run(tmp_path / threads / "recurrent-scaled-fp32.jsonl")
+        record = run.records[1338][-1]
+        assert run.script == "ff_recurrent" and (record["split"], record["n"]) == ("test", 400)
+        assert record["errors"].keys() == {"goodness", "softmax"}
+        assert record["error"] == record["errors"]["goodness"]
+        texts.append(run.path.read_bytes())
+    assert texts[0] == texts[1]
+    assert "| recurrent-scaled-fp32 | 30-30 | 2 |" in capsys.readouterr().out
+
+
+def test_it_learns(on_strokes):
+    splits, _ = common.load_whole_mnist()
+    splits = {split: (ff.unit_rms(x), y) for split, (x, y) in splits.items()}
+    config = {**CONFIG, "width": 100, "passes": 4, "lr": 0.003, "peer": 0.03}
+    records = study.train(config, 0, splits, ENGINE, nothing)
+    assert records[-1]["misses"] < 260  # of 400; it is 210, and chance gives 360
+
+
+@pytest.mark.quick
+def test_the_table_has_what_was_measured_and_what_is_published():
+    (text,) = study.tables().values()
+    (row,) = text.splitlines()[2:]
+    run = read_run(study.PAGE.parent / "recurrent-scaled.jsonl")
+    assert run.config == study.CONFIGS["recurrent-scaled"]
+    (record,) = [record for record in run.records[1337] if record["split"] == "test"]
+    published = utils.reference("ff")["recurrent"]["test_error"]
+    assert f" {record['misses'] / 100:.2f}% " in row and f" {published}% " in row
+
+
+@pytest.mark.quick
+def test_the_published_config_is_that_of_the_paper():
+    config, scaled = study.CONFIGS["recurrent"], study.CONFIGS["recurrent-scaled"]
+    assert (config["width"], config["passes"], config["iterations"], config["keep"]) == (2000, 60, 8, 0.3)
+    assert (config["first_read"], config["last_read"]) == (3, 5)
+    assert {key for key in config if config[key] != scaled[key]} == {"width", "passes"}

@@ -1,0 +1,379 @@
+import functools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import one_sentence
+
+import forward_forward as ff
+import prepro
+import utils
+from datasets import strokes
+from records.run import read_run
+from studies import common, ff_common
+from studies import ff_unsupervised as study
+
+ENGINE = ff.TorchOps(torch.float32)
+CONFIG = {**study.DENSE, "layers": 2, "width": 15, "batch_size": 50, "passes": 4, "lr": 0.01, "peer": 0.0}
+environment = functools.cache(utils.environment)  # git, once
+
+
+def nothing(n):
+    """As the progress bar of a run."""
+
+
+def small_fields():
+    """Two local layers: 10x10 pixels at 2x2 places, then a place at a time."""
+    pixels = np.arange(784).reshape(28, 28)
+    fields = np.stack([pixels[r : r + 10, c : c + 10].ravel() for r in (0, 18) for c in (0, 18)])
+    return [(fields, 5), (np.arange(20).reshape(4, 5), 4)]
+
+
+def network_of(fields="whole", seed=0, engine=ENGINE, **changes):
+    """A small network in which nothing is 0, and no two things are alike."""
+    config = {**CONFIG, "fields": fields, **changes}
+    network = ff_common.Network(config, study.make_layers(config, seed, engine), engine)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for layer in network.layers:
+        layer.biases.normal_(0, 0.3, generator=generator)
+        layer.mean_activity.uniform_(0, 1, generator=generator)
+    network.head.normal_(0, 0.3, generator=generator)
+    return network
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(study, "local_fields", small_fields)
+
+
+def examples(n=9, inputs=784, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images, others = (ff.unit_rms(torch.randn(n, inputs, generator=generator)) for _ in range(2))
+    return images, others, torch.randint(10, (n,), generator=generator)
+
+
+# Hybrid images
+
+
+def changes_between_neighbours(mask):
+    return float((mask[:, :, 1:] != mask[:, :, :-1]).float().mean())
+
+
+@pytest.mark.quick
+def test_masks_are_large_patches_of_half_the_image():
+    bits = torch.from_numpy(np.random.default_rng(0).integers(0, 2, (300, 28, 28), dtype=np.uint8))
+    mask = study.masks(bits, 6)
+    assert mask.dtype == torch.bool and mask.shape == bits.shape
+    assert abs(changes_between_neighbours(bits) - 0.5) < 0.02 and changes_between_neighbours(mask) < 0.2
+    assert abs(float(mask.float().mean()) - 0.5) < 0.02
+    assert float(mask.float().mean(dim=(1, 2)).min()) > 0.2
+    assert abs(float(mask[:, 0].float().mean()) - 0.5) < 0.04  # at the border, too
+    assert len({each.numpy().tobytes() for each in mask}) == 300
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("blurs", [1, 6])
+def test_the_blur_is_that_of_the_paper(blurs):
+    image = torch.randint(2, (1, 28, 28), generator=torch.Generator().manual_seed(0)).float()
+    blurred, kernel = image[:, None], torch.tensor([0.25, 0.5, 0.25])
+    for _ in range(blurs):
+        blurred = F.conv2d(F.pad(blurred, (1, 1, 0, 0), mode="replicate"), kernel.view(1, 1, 1, 3))
+        blurred = F.conv2d(F.pad(blurred, (0, 0, 1, 1), mode="replicate"), kernel.view(1, 1, 3, 1))
+    blur = study.blur_matrix(blurs)
+    torch.testing.assert_close(blur @ image[0] @ blur.T, blurred[0, 0], atol=1e-6, rtol=0)
+    assert torch.equal(study.masks(image, blurs)[0], blurred[0, 0] > 0.5)
+
+
+@pytest.mark.quick
+def test_a_hybrid_has_each_pixel_from_one_of_its_two():
+    a, b = torch.rand(2, 5, 784)
+    bits = torch.randint(2, (5, 28, 28))
+    mask, made = study.masks(bits, 6).flatten(1), study.hybrids(a, b, bits, 6)
+    assert torch.equal(made[mask], a[mask]) and torch.equal(made[~mask], b[~mask])
+
+
+@pytest.mark.parametrize("n", [7, 9])
+def test_the_two_are_never_the_same_and_pairs_and_masks_are_fresh(monkeypatch, n):
+    """In batches of 3, the last of which may be smaller."""
+    seen, true = [], study.hybrids
+
+    def record(images, others, bits, blurs):
+        assert blurs == 6
+        seen.append((images[:, 0], others[:, 0], bits))
+        return true(images, others, bits, blurs)
+
+    monkeypatch.setattr(study, "hybrids", record)
+    network, images, passes = network_of(batch_size=3), torch.rand(n, 784), []
+    images[:, 0] = torch.arange(n)
+    for number in range(2):
+        seen.clear()
+        labels = torch.zeros(n, dtype=torch.long)
+        ff_common.train_pass(network, images, labels, 1, number, study.batch_gradients, nothing)
+        first, others, bits = (torch.cat(column) for column in zip(*seen))
+        assert sorted(first.tolist()) == sorted(others.tolist()) == list(range(n))
+        assert not (first == others).any()
+        assert torch.equal(first.roll(1), others)  # the one before in the order of the pass
+        passes.append((dict(zip(first.tolist(), others.tolist())), bits))
+    assert passes[0][0] != passes[1][0] and not torch.equal(passes[0][1], passes[1][1])
+
+
+def test_positives_and_hybrids_have_the_same_length(monkeypatch):
+    seen, true = [], study.gradients
+
+    def record(network, positives, negatives, labels):
+        seen.append((positives, negatives))
+        return true(network, positives, negatives, labels)
+
+    monkeypatch.setattr(study, "gradients", record)
+    images, labels = torch.rand(20, 784), torch.arange(20) % 10
+    ff_common.train_pass(network_of(), images, labels, 0, 0, study.batch_gradients, nothing)
+    for x in seen[0]:
+        torch.testing.assert_close(x.square().mean(dim=1), torch.ones(20))
+    assert not torch.equal(*seen[0])
+
+
+# Gradients
+
+
+def as_matrix(layer, weights, inputs):
+    """The weights of a layer as a matrix (inputs, width), which is 0 where a unit sees nothing."""
+    if weights.dim() == 2:
+        return weights
+    columns = []
+    for field, own in zip(layer.fields, weights):
+        columns.append(torch.zeros(inputs, own.shape[1], dtype=own.dtype).index_add(0, field, own))
+    return torch.cat(columns, dim=1)
+
+
+def naive_losses(network, weights, biases, images, others):
+    """In float64: of each layer the objective, its plain log-likelihood, activities, and what is passed on.
+
+    No gradient crosses what is passed on.
+    """
+    n, x, found = len(images), torch.cat([images, others]).double(), []
+    for layer, own, bias in zip(network.layers, weights, biases):
+        z = x @ as_matrix(layer, own, x.shape[1]) + bias
+        h = z.relu()
+        x = (h / (h.square().mean(dim=1, keepdim=True) + 1e-8).sqrt()).detach()
+        logit = h.square().sum(dim=1) - h.shape[1]
+        likelihood = F.logsigmoid(logit[:n]).sum() + F.logsigmoid(-logit[n:]).sum()
+        pull = network.config.peer * (layer.mean_activity.mean() - layer.mean_activity).double()
+        found.append((likelihood + (z[:n] * pull).sum(), likelihood, h, logit, x))
+    return found
+
+
+@pytest.mark.parametrize("peer", [0.0, 0.5])
+@pytest.mark.parametrize("fields", ["whole", "local"])
+def test_gradients_against_autograd_in_float64(fields, peer, small):
+    network = network_of(fields, peer=peer)
+    images, others, labels = examples()
+    n, found = len(images), study.gradients(network, images, others, labels)
+    weights = [layer.weights.double().requires_grad_() for layer in network.layers]
+    biases = [layer.biases.double().requires_grad_() for layer in network.layers]
+    head = network.head.double().requires_grad_()
+    layers = naive_losses(network, weights, biases, images, others)
+    softmax = layers[1][-1][:n] @ head
+    objective = sum(own[0] for own in layers) - F.cross_entropy(softmax, labels, reduction="sum")
+    true = torch.autograd.grad(objective, [*weights, *biases, head])
+    # The largest error measured is 1e-5.
+    close = functools.partial(torch.testing.assert_close, rtol=5e-5, atol=5e-5, check_dtype=False)
+    close(found.head, true[-1])
+    assert int(found.misses) == int((softmax.argmax(dim=1) != labels).sum())
+    for k, (own, (_, likelihood, h, logit, _)) in enumerate(zip(found.layers, layers)):
+        assert true[k].abs().max() > 1e-2  # there is something to compare
+        close(own.weights, true[k])
+        close(own.biases, true[2 + k])
+        close(own.loss, -likelihood)
+        close(own.activity, h[:n].sum(dim=0))
+        assert int(own.misordered) == int((logit[:n] <= logit[n:]).sum())
+
+
+@pytest.mark.parametrize("fields", ["whole", "local"])
+def test_nothing_comes_from_the_layers_above(fields, small):
+    network = network_of(fields)
+    before = study.gradients(network, *examples())
+    network.layers[1].weights *= -3
+    network.layers[1].weights_lowp.copy_(network.layers[1].weights)
+    after = study.gradients(network, *examples())
+    assert torch.equal(before.layers[0].weights, after.layers[0].weights)
+    assert before.layers[0].weights.abs().max() > 0
+    assert not torch.equal(before.layers[1].weights, after.layers[1].weights)
+
+
+@pytest.mark.quick
+def test_a_local_layer_with_one_place_is_a_dense_layer():
+    dense = ff.Layer(30, 7, np.random.default_rng(3))
+    local = study.LocalLayer(np.arange(30)[None], 7, np.random.default_rng(3))
+    assert torch.equal(local.weights[0], dense.weights)
+    x, _, _ = examples(8, 30)
+    found = [study.activate(layer, x, ENGINE) for layer in (dense, local)]
+    for of_dense, of_local in zip(found[0][1:], found[1][1:]):
+        torch.testing.assert_close(of_local, of_dense)
+    assert found[0][1].shape == (8, 7)
+    config, d = SimpleNamespace(**CONFIG), torch.randn(8, 7)
+    torch.testing.assert_close(study.outer(local, found[1][0], d)[0], study.outer(dense, x, d))
+    for layer, (seen, h, _, sums) in zip((dense, local), found):
+        d, _, _ = ff_common.derivative(layer, h, sums, config)
+        own = ff.LayerGradient(study.outer(layer, seen, d), d.sum(dim=0), h[:4].sum(dim=0), 0, 0, None)
+        ff.step_layer(layer, [own], 4, 1, config, ENGINE, ff.Threads(1))
+    torch.testing.assert_close(local.weights[0], dense.weights)
+    assert not torch.equal(
+        local.weights[0], study.LocalLayer(np.arange(30)[None], 7, np.random.default_rng(3)).weights[0]
+    )
+
+
+# Local fields
+
+
+@pytest.mark.quick
+def test_local_fields_are_those_of_the_paper():
+    layers = study.local_fields()
+    assert [fields.shape for fields, _ in layers] == [(16, 100), (9, 512), (4, 880)]
+    assert [len(fields) * units for fields, units in layers] == [2048, 1980, 2048]
+    first = layers[0][0]
+    assert set(first.ravel()) == set(range(784))  # every pixel is seen
+    rows, columns = np.divmod(first[5], 28)  # the second place of the second row
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (6, 15, 6, 15)
+    assert set(layers[1][0][0]) == {*range(256), *range(4 * 128, 6 * 128)}  # the places 0, 1, 4 and 5
+
+
+def test_a_unit_sees_its_field_alone_and_no_weight_is_shared(small):
+    network = network_of("local")
+    for _ in range(3):  # after training, too
+        found = study.gradients(network, *examples(40))
+        ff.step(network, [found], 40, 1, ff.Threads(1))
+    layer = network.layers[0]
+    matrix = as_matrix(layer, layer.weights, 784)
+    seen = matrix != 0
+    assert seen.sum(dim=0).tolist() == [100] * 20
+    assert seen[:, 5].view(28, 28)[:10, 18:].all()  # the first unit of the second place
+    assert len(matrix[seen].unique()) == len(matrix[seen])
+    x = examples()[0]
+    h = study.activate(layer, x, ENGINE)[1]
+    torch.testing.assert_close(h, (x @ matrix + layer.biases).relu(), rtol=1e-5, atol=1e-5)
+
+
+# Runs
+
+
+@functools.cache
+def digits():
+    """Strokes as if they were MNIST: 28x28 pixels from 0 to 255."""
+    images, labels = strokes.draw_digits(2400, (7, 1))
+    images = F.interpolate(torch.from_numpy(images)[:, None], (28, 28), mode="bilinear")[:, 0]
+    images, labels = ((images / 2 + 0.5) * 255).round().byte(), torch.from_numpy(labels)
+    return {"train": (images[:2000], labels[:2000]), "test": (images[2000:], labels[2000:])}
+
+
+@pytest.fixture
+def on_strokes(monkeypatch):
+    monkeypatch.setattr(utils, "environment", environment)
+    monkeypatch.setattr(prepro, "load_whole_mnist", lambda data_root=None: digits())
+    for name, config in study.CONFIGS.items():
+        own = {"width": 30} if "width" in config else {}
+        monkeypatch.setitem(study.CONFIGS, name, {**config, **own})
+
+
+def test_whole_mnist_as_rows_from_0_to_1(on_strokes, monkeypatch):
+    splits, sha256 = common.load_whole_mnist()
+    x, labels = splits["test"]
+    assert x.shape == (400, 784) and x.dtype == torch.float32 and (x.min(), x.max()) == (0, 1)
+    assert torch.equal((x * 255).round().byte().view(-1, 28, 28), digits()["test"][0])
+    assert torch.equal(labels, digits()["test"][1])
+    changed = {split: (images.clone(), labels) for split, (images, labels) in digits().items()}
+    changed["train"][0][5, 14, 14] += 1
+    monkeypatch.setattr(prepro, "load_whole_mnist", lambda data_root=None: changed)
+    assert common.load_whole_mnist()[1] != sha256
+
+
+SMOKE = ["--smoke", "--quiet", "--precision", "fp32"]
+
+
+def test_smoke_gives_the_same_bytes_with_any_number_of_threads(on_strokes, tmp_path, capsys):
+    texts = []
+    for threads in ("1", "2"):
+        out = tmp_path / threads
+        flags = [*SMOKE, "--threads", threads, "--seeds", "2", "--out", str(out)]
+        assert study.main([*flags, "--configs", "unsupervised-scaled", "unsupervised"]) == 0
+        run = read_run(out / "unsupervised-scaled-fp32.jsonl")
+        assert run.script == "ff_unsupervised" and sorted(run.records) == [1337, 1338]
+        records = run.records[1337]
+        splits = [(record["pass"], record["split"]) for record in records]
+        assert splits == [(1, "running"), (2, "running"), (2, "train"), (2, "test")]
+        assert records[-1]["n"] == 400 and records[-2]["n"] == 500 and records[-1]["presentations"] == 1000
+        texts.append((out / "unsupervised-scaled-fp32.jsonl").read_bytes())
+        assert (out / "hybrids.png").stat().st_size > 10_000
+    assert texts[0] == texts[1]
+    assert "| unsupervised-scaled-fp32 | 30-30-30-30 | 2 |" in capsys.readouterr().out
+    assert study.main(flags + ["--configs", "unsupervised"]) == 0  # what is there is not trained again
+    assert (out / "unsupervised-scaled-fp32.jsonl").read_bytes() == texts[1]
+
+
+@pytest.mark.parametrize("fields", ["whole", "local"])
+def test_it_learns(fields, on_strokes):
+    changes = {"layers": 2, "width": 100, "passes": 4} if fields == "whole" else {"passes": 1}
+    config = {**(study.DENSE if fields == "whole" else study.LOCAL), "lr": 0.003, "batch_size": 20, **changes}
+    splits, _ = common.load_whole_mnist()
+    splits = {split: (x[:1000], y[:1000]) for split, (x, y) in splits.items()}
+    records = study.train(config, 0, splits, ENGINE, nothing)
+    assert records[-1]["misses"] < 200  # of 400; it is about 115, and chance gives 360
+    assert records[-3]["split"] == "running" and records[-3]["layer_errors"][0] < 40  # chance: 50
+
+
+@pytest.mark.parametrize("fields", ["whole", "local"])
+def test_the_engines_agree(fields, on_strokes, small):
+    engine, name = ff.pick_engine("auto", "cpu", "fp32")
+    if name != "c":
+        pytest.skip("no C compiler")
+    splits, _ = common.load_whole_mnist()
+    splits = {split: (x[:200], y[:200]) for split, (x, y) in splits.items()}
+    config = {**CONFIG, "fields": fields, "passes": 3, "batch_size": 20}
+    one, two = (study.train(config, 0, splits, own, nothing) for own in (engine, ENGINE))
+    for a, b in zip(one, two, strict=True):
+        for key in ("layer_losses", "loss"):
+            if key in a:
+                np.testing.assert_allclose(a[key], b[key], rtol=1e-4)
+
+
+def test_what_is_asked_wrongly_or_fails_is_one_sentence(on_strokes, tmp_path, capsys, monkeypatch):
+    flags = [*SMOKE, "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="2"):
+        study.main([*flags, "--configs", "nonsense"])
+    one_sentence(capsys.readouterr().err, "nonsense", "--configs")
+    monkeypatch.setitem(study.CONFIGS, "unsupervised-scaled", {**study.DENSE, "width": 20, "lr": 1e30})
+    assert study.main([*flags, "--configs", "unsupervised-scaled"]) == 1
+    one_sentence(capsys.readouterr().err, "seed 1337", "diverged", "lr")
+    (tmp_path / "local-fp32.jsonl").write_text('{"script": "ff_unsupervised"}\n')
+    assert study.main([*flags, "--configs", "local"]) == 2
+    one_sentence(capsys.readouterr().err, tmp_path / "local-fp32.jsonl", "damaged")
+
+
+# The page
+
+
+@pytest.mark.quick
+def test_the_table_has_what_was_measured_and_what_is_published():
+    (text,) = study.tables().values()
+    rows = {row.split(" | ")[0].strip("| "): row for row in text.splitlines()[2:]}
+    assert rows.keys() == {path.stem for path in study.PAGE.parent.glob("*.jsonl")}
+    for name, row in rows.items():
+        run = read_run(study.PAGE.parent / f"{name}.jsonl")
+        assert run.config == study.CONFIGS[name]  # a committed run is that of a config as it is now
+        (record,) = [record for record in run.records[1337] if record["split"] == "test"]
+        published = utils.reference("ff")["local" if "local" in name else "unsupervised"]["test_error"]
+        assert f" {record['misses'] / 100:.2f}% " in row and f" {published}% " in row
+    assert "![" in study.PAGE.read_text() and "(hybrids.png)" in study.PAGE.read_text()
+
+
+@pytest.mark.quick
+def test_the_published_configs_are_those_of_the_paper():
+    dense, local = study.CONFIGS["unsupervised"], study.CONFIGS["local"]
+    assert (dense["layers"], dense["width"], dense["passes"], local["passes"]) == (4, 2000, 100, 60)
+    assert (
+        dense["peer"] == local["peer"] == 0.03 and dense["fields"] == "whole" and local["fields"] == "local"
+    )
+    for name in ("unsupervised", "local"):
+        config, scaled = study.CONFIGS[name], study.CONFIGS[f"{name}-scaled"]
+        assert {key for key in config if config[key] != scaled[key]} <= {"width", "passes"}
