@@ -56,9 +56,12 @@ def test_the_usual_loop_trains_the_same_network():
         assert np.abs(mine - first).max() > 1e-3  # something was learned
 
 
-def test_everything_is_measured_and_nothing_is_written(pages, capsys):
+@pytest.mark.quick
+def test_nothing_is_written_without_being_asked_for(pages, monkeypatch, capsys):
+    (record,) = bench.read_records(ROOT / "results" / "bench")
+    monkeypatch.setattr(bench, "measure", lambda rounds, *_: record if rounds == 9 else pytest.fail("rounds"))
     before = {path: path.read_bytes() for path in pages.rglob("*.*") if path.is_file()}
-    assert bench.main(["--smoke", "--quiet"]) == 0
+    assert bench.main([]) == 0
     printed = capsys.readouterr().out
     assert {path: path.read_bytes() for path in pages.rglob("*.*") if path.is_file()} == before
     for name in ("1989, SUN-4/260", bench.USUAL, "PyTorch engine, 16 replicas", "C engine, SDLM"):
