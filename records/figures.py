@@ -295,22 +295,3 @@ def rungs(values, published, label, title):
     axis.margins(x=0.1)
     axis.grid(True, axis="x")
     return figure
-
-
-def heat_maps(panels, columns, rows, xlabel, ylabel, title):
-    """A panel for each name of `panels`: its values (rows, columns) in percent as numbers on grey."""
-    figure, axes = subplots(len(panels), 1, figsize=(10, 1.3 * len(panels) + 0.8), squeeze=False)
-    for axis, (name, values) in zip(axes[:, 0], panels.items()):
-        # Logarithmic, for what matters is at the low end.
-        axis.imshow(np.log(np.maximum(values, 0.1)), vmin=0, vmax=np.log(100), aspect="auto")
-        for (row, column), value in np.ndenumerate(np.asarray(values)):
-            colour = "white" if value > 10 else "black"  # that it is read on a dark cell too
-            axis.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize="small")
-        axis.set_title(name, fontsize="medium")
-        axis.set_xticks(range(len(columns)), columns)
-        axis.set_yticks(range(len(rows)), rows)
-        axis.set_ylabel(ylabel)
-        axis.label_outer()
-    axes[-1, 0].set_xlabel(xlabel)
-    figure.suptitle(title, fontsize="medium")
-    return figure

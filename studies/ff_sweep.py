@@ -222,11 +222,11 @@ def plot(folder):
                     axis.plot([x] * len(errors), errors, "o", markersize=3, alpha=0.6, color=f"C{k}")
                     axis.plot([x - 0.05, x + 0.05], [np.mean(errors)] * 2, linewidth=3, **style)
         axis.set_xticks(range(len(names)), map(str, names))
-        axis.set(xlabel=field, xlim=(-0.6, len(names) - 0.4), ylim=(0, None))
+        axis.set(xlabel=field, xlim=(-0.6, len(names) - 0.4))
         axis.grid(True, axis="y")
     axes[1, 1].legend(fontsize="x-small", ncol=2, loc="lower left", title="read from")
     for axis in axes[:, 0]:
-        axis.set_ylabel("test error (%)")
+        axis.set(ylabel="test error (%)", ylim=(0, None))
     figure.suptitle(f"points: seeds 0 to {FIRST - 1}; bars: their means", fontsize="medium")
     figures.save(figure, folder / "errors.png")
 
