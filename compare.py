@@ -522,6 +522,24 @@ def changes_table(runs, page):
     )
 
 
+def ff_table(runs, page):
+    """The runs of forward_forward.py: test errors by every way to read out, and seconds."""
+    head = ("run", "layers", "passes", "pixels moved", "seeds", "test error", "without layer 1", "softmax",
+            "train error", "seconds a seed")  # fmt: skip
+    rows = []
+    for run in (run for run in runs if run.script == "forward_forward" and run.config["data"] == "mnist"):
+        config, last = run.config, run.final("test")
+        seconds = [each for session in run.sessions for each in session["seconds"].values()]
+        ways = [tables.mean_sd([r["errors"][way] for r in last]) for way in ("all", "skip-first", "softmax")]
+        train = tables.mean_sd([record["error"] for record in run.final("train")])
+        cores = max(session["threads"] for session in run.sessions)
+        rows.append((
+            link(run, page), f"{config['layers']}x{config['width']:,}", config["passes"], config["jitter"],
+            len(last), *ways, train, f"{statistics.median(seconds):.0f} on {cores} core{'s' * (cores > 1)}",
+        ))  # fmt: skip
+    return tables.markdown_table(head, rows)
+
+
 def duration(seconds):
     """Seconds in the unit that suits them."""
     for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
@@ -573,7 +591,7 @@ def pages(readings, runs):
         "README.md": {"reproduced": claims_table(readings)},
         repro: {"repro": table(repro, "repro")},
         modern: {"changes": changes_table(runs, modern), "modern": table(modern, "modern")},
-        ff: {"forward_forward": table(ff, *learnt)},
+        ff: {"forward_forward": table(ff, *learnt), "forward_forward runs": ff_table(runs, ff)},
         spatial: {"published": table(spatial, "spatial_priors")},
     }
 

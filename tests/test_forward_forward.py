@@ -18,6 +18,7 @@ import utils
 from datasets import sources
 from kernels import build
 from kernels.forward_forward import Kernels
+from records import figures
 from records import run as runs
 from records.weights import load_weights, save_weights
 
@@ -961,6 +962,27 @@ def test_control_c_keeps_finished_seeds(tmp_path, monkeypatch, capsys):
     assert ff.main([*NO_FIGURES, "--seeds", "3", "--out", str(out)]) == 130
     one_sentence(capsys.readouterr().err, "interrupted")
     assert list(runs.read_run(next(out.glob("*.jsonl"))).records) == [1337]
+
+
+@quick
+def test_curves_show_the_error_and_examples_their_labels():
+    running = [
+        {"pass": 1 + k, "layer_losses": [9.0, 8], "layer_errors": [9.0, 8], "softmax_error": 9.0}
+        for k in range(2)
+    ]
+    figure = figures.layers_learning(running, "title", [{"pass": 2, "split": "test", "error": 1.5}])
+    legend = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert legend == ["layer 1", "layer 2", "softmax, while training", "test error: 1.50%"]
+    assert figure.axes[1].lines[-1].get_xydata().tolist() == [[2.0, 1.5]]
+    figure = figures.labelled(np.ones((2, 16, 20)), ([3, 9], [0, 5]), "title")
+    strips = [image.get_array()[0] for image in figure.axes[0].images]
+    assert [np.flatnonzero(strip == 1).tolist() for strip in strips] == [[6, 7], [18, 19], [0, 1], [10, 11]]
+    assert [text.get_text() for text in figure.axes[0].texts] == [
+        "+ 3",
+        "+ 9",
+        "\N{MINUS SIGN} 0",
+        "\N{MINUS SIGN} 5",
+    ]
 
 
 def test_help_comes_without_pytorch():
