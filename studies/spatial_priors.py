@@ -30,7 +30,7 @@ from records import run as runs
 from studies import common
 
 ORDERS = "ordered", "shuffled"
-SMOKE = {"steps": 4, "evaluate_every": 2}
+SMOKE = {"steps": 2, "evaluate_every": 2}
 PAGE = utils.ROOT / "results" / "spatial_priors" / "README.md"
 
 
@@ -320,6 +320,15 @@ def class_table(found, labels):
     return tables.markdown_table(["error (%)", *map(str, range(10)), "all"], rows)
 
 
+def make_tables(found, data):
+    """The page's tables by the names of their markers."""
+    return {
+        "accuracies": accuracy_table(found),
+        "shuffling": shuffling_table(found),
+        "classes": class_table(found, data["y_test"]),
+    }
+
+
 @utils.exit_status
 def main(argv=None):
     args = common.parse(common.study_flags("spatial_priors", __doc__, seeds=10), argv)
@@ -341,11 +350,7 @@ def main(argv=None):
         device=args.device,
     )
     figures.save(curves(found), args.out / "spatial_priors.png")
-    shown = {
-        "accuracies": accuracy_table(found),
-        "shuffling": shuffling_table(found),
-        "classes": class_table(found, data["y_test"]),
-    }
+    shown = make_tables(found, data)
     print(*shown.values(), sep="\n\n")
     if args.out == PAGE.parent:
         mnist1d_gen.draw_picture(args.out / "mnist1d.png", data, mnist1d_gen.Arguments())
