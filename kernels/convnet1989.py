@@ -178,7 +178,7 @@ def _addresses(arrays):
 
 def _eight(arrays, what, written=False):
     """The arrays as a tuple, if they are like the parameters."""
-    if arrays is None or len(arrays) != len(SHAPES):
+    if not isinstance(arrays, (list, tuple)) or len(arrays) != len(SHAPES):
         raise ValueError(f"{what}: not {len(SHAPES)} arrays")
     pairs = zip(arrays, SHAPES.items())
     return tuple(_check(array, shape, f"{name} of the {what}", written) for array, (name, shape) in pairs)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import repro
-import strokes
+from datasets import strokes
 from kernels import build, convnet1989
 from kernels.convnet1989 import SHAPES, VARIANTS, Convnet1989, State
 
@@ -25,7 +25,7 @@ ON_X86 = platform.machine() in ("x86_64", "AMD64")
 def some_parameters(seed=0):
     """Initial weights, and biases that are not all the same."""
     generator = np.random.default_rng(seed)
-    parameters = repro.init_parameters(seed)
+    parameters = repro.init_parameters(seed, repro.KARPATHY)
     for bias in parameters[1::2]:
         bias += 0.3 * generator.standard_normal(bias.shape).astype(np.float32)
     return parameters
@@ -86,8 +86,8 @@ def gradients(network, parameters, image, target, optimizer, **chance):
     """The gradients a kernel steps by: a step so long that the weight before it is as nothing."""
     after, step = copy(parameters), 2.0**20
     rates, moments = like(after, step), (like(after), like(after))
-    given = {"sgd": {}, "sgd_rates": {"rates": rates}, "adamw": {"moments": moments}}[optimizer]
-    network.train_pass(after, image, target, lr=step, **given, **({"state": State()} | chance))
+    lr = rates if optimizer == "sgd_rates" else step
+    network.train_pass(after, image, target, lr, moments=moments, **({"state": State()} | chance))
     if optimizer == "adamw":
         return [moment / np.float64(np.float32(1 - 0.9)) for moment in moments[0]]
     return [(before.astype(float) - a) / step for before, a in zip(parameters, after)]
@@ -144,10 +144,10 @@ def test_outputs_are_those_of_the_reference(loss, activation):
 def test_a_thousand_presentations_stay_with_both_precisions_of_the_torch_engine():
     images, targets = digits(1000)
     ours, single, exact = (some_parameters(3) for _ in range(3))
-    exact = repro.Parameters(*(array.astype(float) for array in exact))
+    exact, engine = [array.astype(float) for array in exact], repro.TorchEngine(repro.KARPATHY)
     Convnet1989().train_pass(ours, images, targets, lr=0.03)
-    repro.train_pass(single, images, targets, 0.03)
-    repro.train_pass(exact, images.astype(float), targets.astype(float), 0.03)
+    engine.train_pass(single, images, targets, 0.03)
+    engine.train_pass(exact, images.astype(float), targets.astype(float), 0.03)
     for a, b, c in zip(ours, single, exact):
         assert abs(a - b).max() < 1e-4 and abs(a - c).max() < 1e-4  # measured: 6e-7, 2e-6
 
@@ -192,7 +192,7 @@ def test_each_parameter_has_its_own_rate():
     before = copy(rates)
     for rate in rates:
         rate.flags.writeable = False  # they are only read
-    Convnet1989(optimizer="sgd_rates").train_pass(ours, images, targets, rates=rates)
+    Convnet1989(optimizer="sgd_rates").train_pass(ours, images, targets, rates)
     for a, b in zip(ours, reference):
         np.testing.assert_allclose(a, b.detach().numpy(), atol=1e-5)  # measured: 1e-6
     assert all(np.array_equal(a, b) for a, b in zip(rates, before))
@@ -240,8 +240,8 @@ def test_batches_step_down_the_mean_gradient(optimizer, size, n):
         loss_of(reference, image, target, "cross_entropy", "relu").backward()
         reference_optimizer.step()
     network = Convnet1989("cross_entropy", "relu", optimizer, batch_size=size)
-    given = {"rates": like(ours, 0.1), "moments": (like(ours), like(ours)), "state": State()}
-    network.train_pass(ours, images, targets, lr=0.003 if optimizer == "adamw" else 0.1, **given)
+    lr = {"sgd": 0.1, "sgd_rates": like(ours, 0.1), "adamw": 0.003}[optimizer]
+    network.train_pass(ours, images, targets, lr, moments=(like(ours), like(ours)), state=State())
     for a, b in zip(ours, reference):
         np.testing.assert_allclose(a, b.detach().numpy(), atol=1e-5)
 
@@ -250,7 +250,7 @@ def test_equal_rates_are_one_rate():
     images, targets = digits(50)
     ours, others = some_parameters(), some_parameters()
     Convnet1989().train_pass(ours, images, targets, lr=0.03)
-    Convnet1989(optimizer="sgd_rates").train_pass(others, images, targets, rates=like(others, 0.03))
+    Convnet1989(optimizer="sgd_rates").train_pass(others, images, targets, like(others, 0.03))
     for a, b in zip(ours, others):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -455,9 +455,8 @@ def with_program(
     assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
     network = Convnet1989(loss, activation, optimizer, shift, dropout, batch_size, reads)
     state = State(seed=7)
-    network.train_pass(
-        parameters, images, targets, 0.003, rates=extra1, moments=(extra1, extra2), state=state
-    )
+    lr = extra1 if optimizer == "sgd_rates" else 0.003
+    network.train_pass(parameters, images, targets, lr, moments=(extra1, extra2), state=state)
     arrays = [*parameters, *extra1, *extra2, network.compute_outputs(parameters, images)]
     return np.frombuffer(done.stdout, np.float32), np.concatenate([array.ravel() for array in arrays])
 
@@ -541,7 +540,7 @@ def test_arrays_that_will_not_do():
     with pytest.raises(ValueError, match="moments"):
         Convnet1989(optimizer="adamw").train_pass(good, images, targets, 0.03)
     with pytest.raises(ValueError, match="rates"):
-        Convnet1989(optimizer="sgd_rates").train_pass(good, images, targets)
+        Convnet1989(optimizer="sgd_rates").train_pass(good, images, targets, 0.03)
     adamw, moments = Convnet1989(optimizer="adamw"), (like(good), like(good))
     for wrong in (moments[:1], (*moments, like(good)), (moments[0], None), (moments[0], moments[1][:7])):
         with pytest.raises(ValueError):
