@@ -15,6 +15,7 @@ and is shown the test digits once. The choice is made anew whenever seeds are ad
 
 import fnmatch
 import math
+import statistics
 import sys
 
 import numpy as np
@@ -25,7 +26,7 @@ import forward_forward as ff
 import utils
 from records import figures
 from records import run as runs
-from records.tables import markdown_table, mean_sd, read_runs, write_tables
+from records.tables import markdown_table, mean_sd, read_runs, student_t, write_tables
 from studies import common
 
 PAGE = utils.ROOT / "results" / "ff_sweep" / "README.md"
@@ -198,12 +199,28 @@ def tables(folder=PAGE.parent):
                 rows.append([label, *choice_cells(runs[name], *also)])
         head = [f"{way} (%)" for way in WAYS] if field == "layers" else [*also, *CHOICE_HEAD]
         found[field] = markdown_table([field, *head], rows)
-    rows = []
-    for name, run in runs.items():
-        if fresh := [seed for seed in sorted(run.records) if seed >= FIRST]:
-            errors = [own["error"] for own in records_of(run, "test", fresh)]
-            rows.append([name, f"{fresh[0]} to {fresh[-1]}", len(fresh), mean_sd(errors)])
-    return found | {"fresh": markdown_table(["config", "seeds", "n", "test error (%)"], rows)}
+    return found | {"fresh": fresh_table(runs)}
+
+
+def fresh_table(runs):
+    """The test errors of later seeds, and what they are above those of base, with the same seeds."""
+    rows, usual = [], {}
+    for name in (name for name in CONFIGS if name in runs):  # base is the first
+        seeds = [seed for seed in sorted(runs[name].records) if seed >= FIRST]
+        errors = {own["seed"]: own["error"] for own in records_of(runs[name], "test", seeds)}
+        usual = usual or errors
+        above = [errors[seed] - usual[seed] for seed in seeds if seed in usual]
+        if errors:
+            difference = ""
+            if len(above) > 1 and errors is not usual:
+                mean, sd = statistics.fmean(above), statistics.stdev(above)
+                reach = student_t(0.975, len(above) - 1) * sd / len(above) ** 0.5
+                difference = f"{mean:+.2f} ({mean - reach:+.2f} to {mean + reach:+.2f})"
+            rows.append(
+                [name, f"{seeds[0]} to {seeds[-1]}", len(seeds), mean_sd(list(errors.values())), difference]
+            )
+    head = ["config", "seeds", "n", "test error (%)", "points above base, and 95% interval"]
+    return markdown_table(head, rows)
 
 
 def plot(folder):
@@ -224,7 +241,8 @@ def plot(folder):
         axis.set_xticks(range(len(names)), map(str, names))
         axis.set(xlabel=field, xlim=(-0.6, len(names) - 0.4))
         axis.grid(True, axis="y")
-    axes[1, 1].legend(fontsize="x-small", ncol=2, loc="lower left", title="read from")
+    if axes[1, 1].get_legend_handles_labels()[0]:
+        axes[1, 1].legend(fontsize="x-small", ncol=2, loc="lower left", title="read from")
     for axis in axes[:, 0]:
         axis.set(ylabel="test error (%)", ylim=(0, None))
     figure.suptitle(f"points: seeds 0 to {FIRST - 1}; bars: their means", fontsize="medium")

@@ -479,6 +479,20 @@ def test_the_table_shows_the_errors_of_the_rates_beside_the_best(also):
 
 
 @pytest.mark.quick
+def test_fresh_seeds_are_compared_pair_by_pair():
+    """Student's t for one degree of freedom is 12.706."""
+
+    def run(errors):
+        records = {seed: [{"seed": seed, "split": "test", "error": e}] for seed, e in errors.items()}
+        return type("Run", (), {"records": records})
+
+    runs = {"goodness-sum": run({4: 50.0, 5: 6.9, 6: 8.1}), "base": run({4: 50.0, 5: 6.0, 6: 7.0, 7: 1.0})}
+    rows = ff_sweep.fresh_table(runs).splitlines()[2:]
+    assert rows[0].startswith("| base | 5 to 7 | 3 | 4.67 ")
+    assert rows[1].endswith("| 2 | 7.50 ± 0.85 | +1.00 (-0.27 to +2.27) |") and len(rows) == 2
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("name, study", STUDIES.items())
 def test_the_page_and_the_files_are_those_of_the_study(name, study):
     """The tables are up to date, and each committed run is of a config that the study still has."""
