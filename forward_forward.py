@@ -5,6 +5,12 @@
     python forward_forward.py --preset hinton                  # his four layers of 2,000 units: 8 minutes
     python -m studies.ff_article                               # another protocol, that of Neoflex 2023
 
+The first one ends with these lines, where the processor multiplies bfloat16. Five seeds have 1.12% ± 0.02.
+
+    seed 1337, pass 60
+    eval: split train. loss 1.008539e-01. error 0.47%. misses: 281
+    eval: split test . loss 3.218180e-01. error 1.13%. misses: 113
+
 Every image is shown twice: once with its own label written over its first ten pixels (positive), and once
 with a wrong label (negative). Each layer learns by itself to tell the two apart by its *goodness*, the sum of
 its squared activities, which is to be high for positives and low for negatives. What a layer passes on is

@@ -15,12 +15,12 @@ from conftest import ROOT, one_sentence
 import forward_forward as ff
 import prepro
 import utils
-from datasets import sources
 from kernels import build
 from kernels.forward_forward import Kernels
 from records import figures
 from records import run as runs
-from records.weights import load_weights, save_weights
+from records.tables import mean_sd
+from records.weights import load_weights, save_weights, weights_path
 
 # Every number, so that no test depends on what is thought best.
 CONFIG = ff.Config(
@@ -757,6 +757,16 @@ def test_committed_runs_are_of_the_config_that_their_names_say():
         )
 
 
+@quick
+def test_the_docstring_shows_the_last_lines_of_the_committed_run():
+    committed = runs.read_run(ROOT / "results" / "forward_forward" / "mnist.jsonl")
+    for line in runs.eval_log(committed.records[1337]).splitlines():
+        assert f"\n    {line}\n" in ff.__doc__
+    assert (
+        f"Five seeds have {mean_sd([r['error'] for r in committed.final('test')], unit='%')}." in ff.__doc__
+    )
+
+
 # Runs
 
 
@@ -784,7 +794,7 @@ def finished(tmp_path_factory):
 
 
 def test_a_run_writes_what_it_should(finished):
-    name = "strokes-width40-passes2-precisionfp32"
+    name = "strokes-width40-passes2-precisionfp32-smoke-digits500"
     pictures = [f"{name}.{what}.png" for what in ("curves", "goodness", "activities", "examples")]
     weights = [f"{name}-seed{seed}.npz" for seed in (7, 8)]
     folder = finished.path.parent
@@ -811,7 +821,7 @@ def test_a_run_writes_what_it_should(finished):
 
 def test_the_weights_written_have_the_errors_recorded(finished):
     """In a network of their own, on digits loaded anew."""
-    path = finished.path.parent / "strokes-width40-passes2-precisionfp32-seed8.npz"
+    path = weights_path(finished.path, 8)
     engine, _ = ff.pick_engine("auto", "cpu", "fp32")
     network = ff.load_network(path, engine)
     assert load_weights(path, "forward_forward")[:2] == (finished.config, finished.data_sha256)
@@ -878,11 +888,13 @@ def test_mnist1d_has_no_pictures_of_examples(tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
-def test_usps(usps_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "DATA", tmp_path / "data")
-    found = run(tmp_path / "run", *LEARNING, "--data", "usps", "--data-root", usps_root)
-    assert found.config["data"] == "usps"
-    assert found.final("test")[0]["errors"]["softmax"] < 80
+@pytest.mark.parametrize("data, name", [("usps", "usps"), ("mnist16", "mnist")])
+def test_sets_of_16x16_come_from_prepro(data, name, tmp_path, monkeypatch):
+    digits, asked = prepro.load("strokes"), []
+    monkeypatch.setattr(prepro, "load", lambda *given: asked.append(given) or digits)
+    splits, shape, digest = ff.load(data, tmp_path)
+    assert asked == [(name, None, tmp_path)] and shape == (16, 16) and digest == strokes()[2]
+    assert torch.equal(splits["test"][0], strokes()[0]["test"][0])
 
 
 @pytest.mark.parametrize("engine, precision", [("torch", "fp32"), ("torch", "bf16"), ("c", "bf16")])
