@@ -10,9 +10,10 @@ import pytest
 import utils
 from records import tables
 
-pytestmark = pytest.mark.quick
+quick = pytest.mark.quick
 
 
+@quick
 @pytest.mark.parametrize(
     ("degrees", "quantile"),
     [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (19, 2.093), (30, 2.042), (99, 1.984)],
@@ -21,6 +22,7 @@ def test_student_t_against_the_printed_table(degrees, quantile):
     assert tables.student_t(0.975, degrees) == pytest.approx(quantile, abs=6e-4)
 
 
+@quick
 def test_student_t_where_it_has_a_closed_form():
     for p in (0.6, 0.9, 0.975, 0.995):
         assert tables.student_t(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-6)
@@ -29,12 +31,14 @@ def test_student_t_where_it_has_a_closed_form():
     assert 2.776 < tables.student_t(0.975, 3.5) < 3.182  # degrees need not be whole
 
 
+@quick
 def test_prediction_interval_by_hand():
     """Mean 82.2, sd 2.8636, t 2.7764 for 4 degrees: 2.7764 * 2.8636 * sqrt(1.2) is 8.7095."""
     low, high = tables.prediction_interval([80, 84, 79, 86, 82])
     assert (low, high) == pytest.approx((73.4905, 90.9095), abs=1e-3)
 
 
+@quick
 def test_mean_interval_by_hand():
     """Variances of the means, 8.2 / 5 and 4 / 3, make 2.9733; 5.66 degrees of freedom; t is 2.48."""
     ours = [80, 84, 79, 86, 82]
@@ -64,6 +68,7 @@ def test_mean_interval_holds_the_mean_of_others_as_often_as_it_says():
     assert 0.92 < inside / 600 < 0.985  # Welch's degrees of freedom are an approximation
 
 
+@quick
 def test_sign_test_against_all_outcomes():
     for n in (1, 5, 8):
         outcomes = [sum(each) for each in itertools.product((0, 1), repeat=n)]
@@ -73,17 +78,20 @@ def test_sign_test_against_all_outcomes():
     assert tables.sign_test(8, 8) == pytest.approx(0.0078125)
 
 
+@quick
 def test_mean_sd():
     assert tables.mean_sd([1, 2, 3]) == "2.00 ± 1.00"
     assert tables.mean_sd([4.04], ".1f", "%") == "4.0%"
 
 
+@quick
 def test_published():
     assert tables.published(3) == 3
     assert tables.published({"printed": 87, "corrected": 88, "why": "truncated"}) == 88
     assert tables.published({"printed": 1e-5, "why": "of another split"}) is None
 
 
+@quick
 def test_a_table_goes_between_its_markers(tmp_path):
     page = tmp_path / "README.md"
     marked = "a\n<!-- one: begin -->\nold\n<!-- one: end -->\nb\n<!-- two: begin -->\n<!-- two: end -->\nc\n"
@@ -95,6 +103,7 @@ def test_a_table_goes_between_its_markers(tmp_path):
     assert page.read_text() == marked.replace("two: begin -->\n", "two: begin -->\n\n")
 
 
+@quick
 @pytest.mark.parametrize("fault", ["absent", "twice", "reversed"])
 def test_no_table_is_written_where_one_has_no_place(fault, tmp_path):
     two = {
@@ -109,6 +118,7 @@ def test_no_table_is_written_where_one_has_no_place(fault, tmp_path):
     assert page.read_text() == text
 
 
+@quick
 def test_markdown_table():
     table = tables.markdown_table(("name", "n"), [("a", 1), ("b", 20)])
     assert table == "| name | n |\n|---|---:|\n| a | 1 |\n| b | 20 |"
