@@ -67,6 +67,8 @@ def exit_status(main):
             ):
                 raise
             sentence, status = "out of memory; ask for fewer seeds, digits or units, or smaller batches", 1
+        if argv is None and status > 128:  # a second Ctrl-C would end in a traceback
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         with contextlib.suppress(OSError):
             print(end="", flush=True)
         print(f"{Path(main.__code__.co_filename).name}: {sentence.rstrip('.')}.", file=sys.stderr)

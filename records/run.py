@@ -246,17 +246,17 @@ def in_parallel(function, jobs, threads, total, quiet, unit="digit"):
     A job calls `progress(n)` now and then: it moves a bar of `total` units on by n, and raises utils.Stopped
     when Ctrl-C or SIGTERM was received or another job has failed. `progress(n, name)` names the bar, too.
     """
-    stop, received = threading.Event(), []
+    stopped, received = [], []  # no Event: a second signal would wait for the lock that the first one holds
     bar = tqdm(total=total, unit=unit, unit_scale=True, disable=quiet or None)
 
     def progress(n, name=None):
-        if stop.is_set():
-            raise utils.Stopped(*received)
+        if stopped or received:
+            raise utils.Stopped(*received[:1])
         if name:
             bar.set_description(name)
         bar.update(n)
 
-    with _signals_set(stop, received), bar, ThreadPoolExecutor(threads) as pool:
+    with _signals_kept(received), bar, ThreadPoolExecutor(threads) as pool:
         running = []
         try:
             running += (pool.submit(function, job, progress) for job in jobs)
@@ -264,31 +264,27 @@ def in_parallel(function, jobs, threads, total, quiet, unit="digit"):
         except RuntimeError as error:
             raise utils.RunFailed(f"{threads} threads are too many ({error}): lower --threads") from error
         finally:
-            stop.set()
+            stopped.append(True)
             pool.shutdown(cancel_futures=True)
         failed = [each.exception() for each in running if not each.cancelled() and each.exception()]
         for error in sorted(failed, key=lambda error: isinstance(error, utils.Stopped)):
             raise error
         if received:  # when the last job had finished
-            raise utils.Stopped(*received)
+            raise utils.Stopped(received[0])
         return [each.result() for each in running]
 
 
 @contextlib.contextmanager
-def _signals_set(event, received):
-    """Let Ctrl-C and SIGTERM set `event`, so that jobs stop between two steps and files stay whole."""
+def _signals_kept(received):
+    """Let Ctrl-C and SIGTERM only be added to `received`, so that jobs stop between two steps."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(number, frame):
-        received[:] = [number]
-        event.set()
-
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in usual.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, stop)
+            signal.signal(number, lambda number, frame: received.append(number))
     try:
         yield
     finally:

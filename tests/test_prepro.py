@@ -512,6 +512,15 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["strokes.npz"]
 
 
+def test_more_digits_than_memory(tmp_path):
+    little = functools.partial(resource.setrlimit, resource.RLIMIT_AS, (800_000_000, 800_000_000))
+    flags = ["--data", "strokes", "--train-size", 1_000_000, "--out", tmp_path / "out"]
+    done = run_script("prepro.py", *flags, limit=little)
+    assert done.returncode == 1
+    one_sentence(done.stderr, "out of memory", "fewer")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.quick
 def test_flags_that_do_not_go_together(tmp_path, capsys):
     assert prepro.main(["--data", "usps", "--draw", "test-first"]) == 2

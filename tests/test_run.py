@@ -26,7 +26,7 @@ from records import run as runs
 
 @utils.exit_status
 def main(argv=None):
-    path, first, seeds, pause = argv[0], int(argv[1]), int(argv[2]), float(argv[3])
+    path, first, seeds, pause = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 
     def train(seed, progress):
         for _ in range(10):
@@ -40,7 +40,7 @@ def main(argv=None):
         runs.train_seeds(run, range(first, first + seeds), train, 2, 10 * seeds, True)
     print("finished")
 
-sys.exit(main(sys.argv[1:]))
+sys.exit(main())
 """
 
 
@@ -304,6 +304,20 @@ def test_a_signal_keeps_the_seeds_that_have_finished(number, tmp_path):
     kept = sorted(runs.read_run(path).records)
     assert 2 <= len(kept) < 1000 and kept == list(range(len(kept)))
     assert "wall_seconds" in runs.read_run(path).sessions[0]
+
+
+def test_six_quick_interrupts(tmp_path):
+    """No deadlock and no traceback, wherever they arrive."""
+    generator = random.Random(3)
+    for number in range(4):
+        process = start(tmp_path / str(number) / "run.jsonl", seeds=1000, pause=0.003)
+        assert process.stdout.readline() == "started\n"
+        for _ in range(6):
+            time.sleep(generator.choice((0, 0.001, 0.01)))
+            process.send_signal(signal.SIGINT)
+        code, _, error = finish(process)
+        assert code in (130, -signal.SIGINT)
+        one_sentence(error, "interrupted")
 
 
 def test_a_full_disk_keeps_what_was_there(tmp_path):
