@@ -221,8 +221,8 @@ class TorchReplicas:
         self.presentations += n
         shown, scale = self.tensor(images), self.tensor(np.float32(1)).expand(replicas, n, 192)
         if config["dropout"]:
-            scale = chance.sample_kept(self.seeds, numbers, config["dropout"]) / (1 - config["dropout"])
-            scale = scale.to(self.dtype)
+            kept = chance.sample_kept(self.seeds, numbers, config["dropout"])
+            scale = kept.to(self.dtype) / (1 - config["dropout"])
         if config["shift"] == "none":
             shown = shown.expand(replicas, *shown.shape)
         else:
