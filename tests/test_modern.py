@@ -360,6 +360,35 @@ def test_evaluation_neither_shifts_nor_drops_nor_disturbs_training(make):
     assert np.array_equal(weights_of(a), weights_of(b))
 
 
+# Devices
+
+
+@pytest.mark.parametrize("seeds", [[3], [3, 4]])
+def test_steps_read_nothing_back_and_stay_on_their_device(seeds, monkeypatch):
+    """Tensors on the device "meta" have shapes and no values. AdamW, which is PyTorch's, is not made for it."""
+    config = config_of(4, optimizer="sgd", shift="pad", batch_size=6)
+    replicas, steps, step = modern.TorchReplicas(config, "meta", seeds), [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(1) or step(self))
+    with pytest.raises(RuntimeError, match="item.*meta"):  # the check that all is finite, once for all steps
+        replicas.train_pass(*digits(20, config), 1e-3)
+    assert len(steps) == 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("changes", [{}, {"batch_size": 7}, {"shift": "pad", "batch_size": 7}])
+def test_cuda_trains_the_same_replicas(changes):
+    config = config_of(4, **changes)
+    images, targets = digits(40, config)
+    cpu, cuda = (
+        trained(
+            modern.TorchReplicas(config, device, [3, 4, 5], DOUBLE), images, targets, parts_of(40, config)
+        )
+        for device in ("cpu", "cuda")
+    )
+    assert all(abs(weights_of(cpu, r) - weights_of(cuda, r)).max() < 1e-8 for r in range(3))
+    np.testing.assert_allclose(cpu.compute_outputs(images), cuda.compute_outputs(images), rtol=0, atol=1e-7)
+
+
 # Shifts and dropout
 
 
