@@ -271,27 +271,3 @@ def kernels(kernels, title):
     captions = [str(number + 1) for number in range(len(kernels))]
     title = f"{title},\nwhite {-limit:.2f} to black {limit:.2f}"
     return gallery(kernels, captions, title, columns=6, low=-limit, high=limit)
-
-
-def rungs(values, published, label, title):
-    """A bar for each rung of a ladder, from the top: the mean of its `values`, and a point for each of them.
-
-    `published` is drawn dashed.
-    """
-    figure, axis = subplots(figsize=(10, 0.4 * len(values) + 1.4))
-    for row, own in enumerate(values.values()):
-        axis.barh(row, np.mean(own), color="C0", alpha=0.6)
-        axis.plot(own, [row] * len(own), "o", color="C0", markersize=3)
-        axis.text(max(own), row, f"  {np.mean(own):.2f}", va="center", fontsize="small")
-    axis.axvline(published, color="0.5", linestyle="--", linewidth=1)
-    top = axis.get_xaxis_transform()  # x in data units, y as a fraction of the axis
-    axis.text(published, 1.01, f"published: {published:g}", transform=top, color="0.4", fontsize="small")
-    axis.set(xlabel=label, xscale="log")
-    axis.set_title(f"{title} (bars: means, points: seeds)", pad=18)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1.5, 0.5)))
-    axis.set_yticks(range(len(values)), values)
-    axis.invert_yaxis()
-    axis.margins(x=0.1)
-    axis.grid(True, axis="x")
-    return figure

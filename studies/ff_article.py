@@ -30,7 +30,7 @@ from studies import common
 
 PAGE = utils.ROOT / "results" / "ff_article" / "README.md"
 MEAN, SD = 0.1307, 0.3081  # of MNIST's pixels, as they are usually given
-SMOKE = {"passes": 2, "batch_size": 100, "smoke_digits": 500}
+SMOKE = {"precision": "fp32", "passes": 2, "batch_size": 100, "smoke_digits": 500}
 SLICE = 1000  # examples that go through a layer at a time, so that their activities stay in a core's cache
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of what is multiplied; sums are float32
 
@@ -38,8 +38,7 @@ ARTICLE = {
     "data": "mnist", "layers": 2, "width": 512, "goodness": "mean-sq", "threshold": 3.0, "read_out": "all",
     "passes": 1000,  # how often each digit is shown to each layer
     "optimizer": "adam", "lr": 0.03, "precision": "bf16",
-    # assumption: 50,000 and then 10,000, as in the program that the article follows; it does not say.
-    "batch_size": 50_000,
+    "batch_size": 50_000,  # assumption: and then 10,000, as in the program that the article's code follows
     "schedule": "batch",  # or layer, or together: see `schedule`
     "negatives": "frozen",  # sampled once for each batch; or random: for every step
     "pixels": "standardised",  # assumption: as in that program, whose imports it has; or 0 to 1
@@ -66,8 +65,7 @@ RUNGS = {  # name -> what is new in words, and what changes from the rung before
     "minibatches": ("minibatches of 100, a new one every step", {"schedule": "layer", "batch_size": 100}),
     "together": ("all layers at every step", {"schedule": "together"}),
     "pixels": ("pixels from 0 to 1", {"pixels": "0 to 1"}),
-    # At a learning rate of 0.03, Adam silences the units of such inputs; and at 0.001 nothing is learned in
-    # three passes from inputs with a length of one, which are small. So these changes come together.
+    # Together: at 0.03, Adam silences the units of such inputs; at 0.001, inputs of length one are too small.
     "ssq": ("sum of squares, inputs with a root mean square of 1, normal weights, Adam at 0.001", SSQ),
     "momentum": ("momentum instead of Adam, weight decay, a falling learning rate", OURS._asdict()),
     "peer": ("peer normalisation", {"peer": 0.03}),
@@ -83,11 +81,8 @@ for name, (_, changes) in RUNGS.items():
     CONFIGS[name] = config = changes if name == "momentum" else config | changes
 
 
-# The article's network
-
-
 class Layer:
-    """Weights (inputs, width), biases (width,), and an Adam of its own."""
+    """A layer of the article's: weights (inputs, width), biases (width,), and an Adam of its own."""
 
     def __init__(self, inputs, config, generator, device="cpu"):
         shape, bound = (inputs, config["width"]), inputs**-0.5
@@ -101,8 +96,7 @@ class Layer:
     def forward(self, x, label_inputs=None):
         """The activities (m, n, width) of n examples, each with m labels, for inputs x (m, n, inputs).
 
-        For the first layer x is (1, n, inputs): images whose first ten inputs are empty, so that one product
-        serves all labels. What the labels write there is given beside it, (m, n, 10).
+        For the first layer x is (1, n, inputs), with empty label inputs: these are beside it, (m, n, 10).
         """
         z = (x @ self.weights.to(x.dtype)).float() + self.biases
         if label_inputs is not None:
@@ -150,8 +144,7 @@ class Network:
         self.layers, self.config = [Layer(size, config, generator, device) for size in sizes], config
 
     def prepare(self, pixels):
-        """Of pixels (n, inputs) from 0 to 1: images as the first layer sees them, with their first ten inputs
-        empty, and what the label's input reads in each (n, 1)."""
+        """Pixels (n, inputs) as the first layer sees them, and what a label's input reads in each (n, 1)."""
         config, images, white = self.config, pixels.clone(), 1.0
         if config["pixels"] == "standardised":
             images, white = (images - MEAN) / SD, (1 - MEAN) / SD
@@ -192,9 +185,7 @@ def schedule(config, n, generator):
 
     if config["schedule"] == "batch":  # all steps on a batch, one layer after the other; then the next batch
         yield from (([number], batch) for batch in batches() for number in layers for _ in passes)
-    elif (
-        config["schedule"] == "layer"
-    ):  # all passes of a layer, a new batch at every step; then the next layer
+    elif config["schedule"] == "layer":  # all passes of a layer, a new batch at a time; then the next layer
         yield from (([number], batch) for number in layers for _ in passes for batch in batches())
     else:  # all layers at every step
         yield from (([*layers], batch) for _ in passes for batch in batches())
@@ -217,19 +208,15 @@ def train_article(config, seed, pixels, labels, progress=lambda n: None):
                 shown = below.pass_on(shown)
         last, before, seen = batch, numbers, shown
         for number in numbers:
-            layer = network.layers[number]
-            above = layer.pass_on(seen) if number < numbers[-1] else None  # as it is before the step
-            layer.learn(seen)
+            above = network.layers[number].pass_on(seen) if number < numbers[-1] else None  # before the step
+            network.layers[number].learn(seen)
             seen = above
         progress(len(batch) * len(numbers))
     return network, last
 
 
 def train(config, seed, splits, engine=None, progress=lambda n: None):
-    """The records of a seed, for splits of pixels (n, 784) from 0 to 1 and labels (n,).
-
-    `engine` is that of forward_forward.py, for the rungs that it trains.
-    """
+    """The records of a seed. `engine` is that of forward_forward.py, for the rungs that it trains."""
     pixels, labels = splits["train"]
     if config.get("optimizer") == "adam":
         network, last = train_article(config, seed, pixels, labels, progress)
@@ -257,9 +244,8 @@ def train(config, seed, splits, engine=None, progress=lambda n: None):
 def evaluate(config, splits, read_out, activities, last_batch=None):
     """The records of both splits. Errors and shares of silent units are in percent.
 
-    `read_out(pixels)` gives every layer's logit for each label (layers, n, 10), `activities(pixels, labels)`
-    every layer's activities for labels (1, n). A unit is silent that is active for no digit of the split, be
-    it with its own label or with a wrong one.
+    `read_out(pixels)` gives every layer's logits (layers, n, 10), `activities(pixels, labels)` every layer's
+    activities for labels (1, n). A unit is silent if no digit makes it active, with a right or a wrong label.
     """
     records = []
     for split, (pixels, labels) in splits.items():
@@ -277,29 +263,23 @@ def evaluate(config, splits, read_out, activities, last_batch=None):
             fired = fired + (h > 0).sum(dim=1)
             squares[kind] = squares[kind] + h.square().mean(dim=2).sum(dim=1)
         record = runs.evaluation(config["passes"], split, loss, int(own.sum()), n)
-        record["error_first"] = 100 * int(missed["first"].sum()) / n
-        record["error_skip_first"] = 100 * int(missed["skip-first"].sum()) / n
+        for field, way in (("error_first", "first"), ("error_skip_first", "skip-first")):
+            record[field] = 100 * int(missed[way].sum()) / n
         record |= {f"mean_squares_{kind}": (squares[kind] / n).tolist() for kind in shown}  # of each layer
         record["silent_units"] = (100 * (fired == 0).double().mean(dim=1)).tolist()
-        if split == "train" and last_batch is not None:  # assumption: the article's training error is of all
+        if split == "train" and last_batch is not None:
             record["last_batch_error"] = 100 * int(own[last_batch].sum()) / len(last_batch)
         records.append(record)
     return records
 
 
-# Table, figure, and the command
-
-
 def tables(folder=PAGE.parent):
     """The page's table, name -> Markdown. Errors and shares of silent units are in percent."""
-    published, more = utils.reference("ff")["article"], utils.reference("ff")["article-4x2000"]
-    rows = [
-        ["published", *[""] * 2, f"{published['train_error']}%", f"{published['test_error']}%", *[""] * 5]
-    ]
-    about = f"about {more['approximate_test_error']}%"
-    rows.append(["published, 4 layers of 2,000", *[""] * 3, about, *[""] * 5])
+    found, published = read_runs(folder), utils.reference("ff")
+    row, about = published["article"], f"about {published['article-4x2000']['approximate_test_error']}%"
+    rows = [["published", "", "", f"{row['train_error']}%", f"{row['test_error']}%", *[""] * 5]]
+    rows.append(["published, 4 layers of 2,000", "", "", "", about, *[""] * 5])
     fields = "error_first", "error_skip_first", "silent_units", "mean_squares_right", "mean_squares_wrong"
-    found = read_runs(folder)
     for name, run in ((name, found[name]) for name in CONFIGS if name in found):
         config, train, test = run.config, run.final("train"), run.final("test")
         first, rest, silent, right, wrong = (np.mean([r[field] for r in test], axis=0) for field in fields)
@@ -310,7 +290,7 @@ def tables(folder=PAGE.parent):
         words = LONG[name][0] if name in LONG else f"+ {RUNGS[name][0]}"
         cells = [words, len(test), "at most " * (config.get("skip_threshold", 0) > 0) + updates, *errors]
         cells += [f"{first:.2f}%", f"{rest:.2f}%", ", ".join(f"{share:.0f}%" for share in silent)]
-        cells.append(", ".join(f"{own:.2f} / {other:.2f}" for own, other in zip(right, wrong)))
+        cells += [", ".join(f"{own:.2f} / {other:.2f}" for own, other in zip(right, wrong))]
         seconds = [value for session in run.sessions for value in session["seconds"].values()]
         rows.append([*cells, f"{np.mean(seconds):,.0f}"])
     head = ["rung", "seeds", "updates of a layer", "train error", "test error", "test, layer 1 alone"]
@@ -323,16 +303,14 @@ def plot(folder):
     found, published = read_runs(folder), utils.reference("ff")["article"]["test_error"]
     names = [name for name in CONFIGS if name in found]
     figure, axis = figures.subplots(figsize=(10, 0.36 * len(names) + 1.2))
-    beside = {"textcoords": "offset points", "fontsize": "small"}
     for row, name in enumerate(names):
         errors = [record["error"] for record in found[name].final("test")]
         axis.plot(errors, [row] * len(errors), "o", color="C0", markersize=3, alpha=0.6)
         axis.plot(np.mean(errors), row, "|", color="C0", markersize=14, markeredgewidth=2)
-        axis.annotate(f"{np.mean(errors):.2f}", (max(errors), row), (8, -3), **beside)
+        axis.text(1.08 * max(errors), row, f"{np.mean(errors):.2f}", va="center", fontsize="small")
     axis.axvline(published, color="0.5", linestyle="--", linewidth=1)
-    axis.annotate(f"published: {published:g}%", (published, -0.6), (4, 0), color="0.4", **beside)
-    axis.set(xlabel="test error (%)", xscale="log", xlim=(1, 130), ylim=(len(names) - 0.4, -1.2))
-    axis.set_title("from the article to our network (points: seeds, bars: their means)")
+    axis.set(xlabel="test error (%)", xscale="log", xlim=(1, 130), ylim=(len(names) - 0.4, -0.6))
+    axis.set_title("from the article to our network (points: seeds, bars: means, dashed: published)")
     axis.set_xticks(ticks := [1, 2, 5, 10, 20, 50, 100], map(str, ticks))
     axis.minorticks_off()
     axis.set_yticks(range(len(names)), [f"{'+ ' * (name not in LONG)}{name}" for name in names])
@@ -348,12 +326,11 @@ def main(argv=None):
     words = "of matrix products; fp32 is for processors without bf16, and for another --out (default: bf16)"
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"), help=words)
     args = common.parse(parser, argv)
-    engine, engine_name = ff.pick_engine(args.engine, args.device, args.precision)
+    changes = {"precision": args.precision} | (SMOKE if args.smoke else {})
+    engine, engine_name = ff.pick_engine(args.engine, args.device, changes["precision"])
     torch.set_num_threads(1)
-    shown, changes = slice(None), {"precision": args.precision}
-    if args.smoke:
-        shown, changes = slice(SMOKE["smoke_digits"]), changes | SMOKE
     splits, sha256 = common.load_whole_mnist(args.data_root)
+    shown = slice(changes.get("smoke_digits"))
     splits = {split: tuple(own[shown].to(args.device) for own in pair) for split, pair in splits.items()}
     common.run_configs(
         args, "ff_article", {rung: CONFIGS[rung] | changes for rung in args.rungs},

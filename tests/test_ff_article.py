@@ -1,28 +1,33 @@
-"""Tests of studies/ff_article.py: the article's protocol as written, and the ladder away from it."""
+"""Tests of studies/ff_article.py: the article's network as written, the ladder away from it, and its page."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NO_NETWORK, ROOT, one_sentence
+from conftest import NO_NETWORK, one_sentence
 
-import forward_forward
-import utils
+import forward_forward as ff
+import prepro
+from records.run import read_run
+from records.tables import fill, mean_interval, read_runs
 from studies import ff_article
-from studies.ff_article import ARTICLE, LADDER, RUNGS, Network, Protocol, make_protocol
+from studies.ff_article import ARTICLE, CONFIGS, LONG, PAGE, RUNGS, Network
 
-SMALL = Protocol(width=24, passes=3, batch_size=40)
-THREADS = forward_forward.Threads(1)
+SMALL = ARTICLE | {"width": 24, "passes": 3, "batch_size": 40, "precision": "fp32"}
+quick = pytest.mark.quick
 
 
 @pytest.fixture
 def pixels():
-    """Sixty images of 0 to 1, a third of whose pixels are ink."""
+    """Sixty images of 0 to 1, a third of whose pixels are ink, and one of them white."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(60, 6, 6, generator=generator)
-    return images * (torch.rand(60, 6, 6, generator=generator) < 0.33)
+    images = torch.rand(60, 36, generator=generator) * (torch.rand(60, 36, generator=generator) < 0.33)
+    images[0, 20] = 1
+    return images
 
 
 @pytest.fixture
@@ -40,254 +45,275 @@ def overlaid(images, labels):
 
 
 def article_forward(x, weights, biases):
-    """Its Layer.forward, in the precision of x."""
+    """The article's Layer.forward, in the precision of x."""
     direction = x / (x.pow(2).sum(1).sqrt().reshape(-1, 1) + 1e-4)
     return torch.relu(torch.mm(direction, weights) + biases)
 
 
-def article_layers(network):
-    return [(layer.weights.double(), layer.biases.double()) for layer in network.layers]
+def article_loss(both, weights, biases):
+    pos, neg = (article_forward(x, weights, biases).pow(2).mean(1) for x in both)
+    return torch.log(1 + torch.exp(torch.cat([-pos + 3.0, neg - 3.0]))).mean()
+
+
+def exact(layer):
+    return [p.detach().double().requires_grad_() for p in (layer.weights, layer.biases)]
 
 
 def standardised(pixels):
-    return (pixels.flatten(1).double() - 0.1307) / 0.3081
+    return (pixels.double() - 0.1307) / 0.3081
 
 
-def network_of(protocol, pixels, dtype=torch.float32):
-    network = Network(pixels[0].numel(), protocol, 3, dtype)
-    for layer in network.layers:  # as they are, means of squares are of 0.001, and all gradients alike
-        layer.weights.mul_(6)
-        layer.rounded.copy_(layer.weights)
+def network_of(config, pixels):
+    network = Network(pixels.shape[1], config, 3)
+    with torch.no_grad():  # as they are, mean squares are about 0.001, and all gradients nearly the same
+        for layer in network.layers:
+            layer.weights *= 6
     return network
 
 
-def test_the_gradients_of_both_layers_are_those_of_the_articles_own_loss(pixels, labels):
-    network = network_of(SMALL, pixels)
-    negatives = (labels + 3) % 10
-    shown = network.show(*network.prepare(pixels), labels, negatives)
-    both = [overlaid(standardised(pixels), own) for own in (labels, negatives)]
-    for layer, (weights, biases) in zip(network.layers, article_layers(network)):
-        weights.requires_grad_(), biases.requires_grad_()
-        pos, neg = (article_forward(x, weights, biases).pow(2).mean(1) for x in both)
-        loss = torch.log(1 + torch.exp(torch.cat([-pos + 3.0, neg - 3.0]))).mean()
-        loss.backward()
-        *ours, _ = ff_article.differentiate(layer, SMALL, shown, slice(None))
-        ours = [each.double() / (2 * len(labels)) for each in ours]
-        # Measured: 4e-8 of the largest entry; the margin is 25.
-        for own, right in zip(ours, (weights.grad, biases.grad, loss.detach())):
-            torch.testing.assert_close(own, right, rtol=0, atol=1e-6 * float(right.abs().max()))
-        assert not torch.allclose(weights.grad[:10], ours[0].roll(1, 0)[:10], rtol=1e-3)  # it can fail
-        with torch.no_grad():
-            both = [article_forward(x, weights, biases) for x in both]
-        shown = network.see_through(layer, shown)
+def gradients_of(monkeypatch, layer, seen):
+    """The gradients with which `learn` calls Adam."""
+    monkeypatch.setattr(layer.adam, "step", lambda: None)
+    monkeypatch.setattr(layer.adam, "zero_grad", lambda: None)
+    layer.weights.grad = layer.biases.grad = None
+    layer.learn(seen)
+    return [layer.weights.grad, layer.biases.grad]
 
 
-def test_slices_and_threads_change_no_gradient(pixels, labels, monkeypatch):
-    wholes = []
-    for threads, at_a_time in ((1, 1000), (1, 7), (2, 1000)):
-        monkeypatch.setattr(ff_article, "AT_A_TIME", at_a_time)
-        network = network_of(SMALL._replace(schedule="together"), pixels)
-        shown = network.show(*network.prepare(pixels), labels, (labels + 1) % 10)
-        loss, above = ff_article.learn(network, 0, shown, forward_forward.Threads(threads))
-        wholes.append([network.layers[0].moments[0][0], *above.inputs])
-        assert np.isfinite(loss)
-    for other in wholes[1:]:
-        for a, b in zip(wholes[0], other):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+@quick
+def test_the_gradients_of_both_layers_are_those_of_the_articles_own_loss(pixels, labels, monkeypatch):
+    network, pairs = network_of(SMALL, pixels), torch.stack([labels, (labels + 3) % 10])
+    seen = network.show(*network.prepare(pixels), pairs)
+    both = [overlaid(standardised(pixels), own) for own in pairs]
+    for layer in network.layers:
+        parameters = exact(layer)
+        right = torch.autograd.grad(article_loss(both, *parameters), parameters)
+        ours = [gradient.double() for gradient in gradients_of(monkeypatch, layer, seen)]
+        # Measured: 4e-7 of the largest entry at most; the margin is 5.
+        for own, other in zip(ours, right):
+            torch.testing.assert_close(own, other, rtol=0, atol=2e-6 * float(other.abs().max()))
+        assert not torch.allclose(right[0][:10], ours[0].roll(1, 0)[:10], rtol=1e-3)  # it can fail
+        both = [article_forward(x, *parameters).detach() for x in both]
+        seen = layer.pass_on(seen)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_the_shared_first_product_is_that_of_whole_images(pixels, labels, dtype, tolerance):
+@quick
+def test_the_size_of_a_slice_changes_no_gradient(pixels, labels, monkeypatch):
+    network, pairs = network_of(SMALL, pixels), torch.stack([labels, (labels + 1) % 10])
+    seen, found = network.show(*network.prepare(pixels), pairs), []
+    for size in (1000, 7):
+        sliced = [[tensor[:, part] for tensor in seen] for part in ff_article.slices(60, size)]
+        monkeypatch.setattr(ff_article, "sliced", lambda seen, sliced=sliced: sliced)
+        layer = network.layers[0]
+        found.append([*gradients_of(monkeypatch, layer, seen), *layer.pass_on(seen)])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@quick
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-6), ("bf16", 1e-2)])
+def test_the_shared_first_product_is_that_of_whole_images(pixels, labels, precision, tolerance):
     # Measured: 1e-7 in float32, 2e-3 in bfloat16.
-    network = network_of(SMALL, pixels, dtype)
-    negatives = (labels + 5) % 10
-    shown = network.show(*network.prepare(pixels), labels, negatives)
-    for own, h in zip((labels, negatives), shown.activities(network.layers[0], slice(None))):
-        naive = article_forward(overlaid(standardised(pixels), own), *article_layers(network)[0])
-        torch.testing.assert_close(h.double(), naive, rtol=0, atol=tolerance * float(naive.max()))
-    assert len(shown.inputs) == 1 and not shown.inputs[0][:, :10].any()
+    network, pairs = network_of(SMALL | {"precision": precision}, pixels), [labels, (labels + 5) % 10]
+    images, values = network.prepare(pixels)
+    (first, _) = network.activities(pixels, torch.stack(pairs))
+    for own, h in zip(pairs, first):
+        naive = article_forward(overlaid(standardised(pixels), own), *exact(network.layers[0]))
+        torch.testing.assert_close(h.double(), naive, rtol=0, atol=tolerance * naive.max().item())
+    assert not images[:, :10].any() and (values > 0).all()
 
 
-def test_what_a_layer_sees_is_one_long_and_does_not_depend_on_the_label(pixels, labels):
-    network = network_of(SMALL, pixels)
-    images, strengths = network.prepare(pixels)
-    lengths = (images.square().sum(1) + strengths**2).sqrt()
-    torch.testing.assert_close(lengths, torch.ones(60), rtol=0, atol=1e-3)
-    h = torch.rand(5, 24)
-    torch.testing.assert_close(network.pass_on(h).norm(dim=1), torch.ones(5), rtol=0, atol=1e-3)
-    network.protocol = SMALL._replace(length="rms")
-    torch.testing.assert_close(network.pass_on(h).square().mean(1), torch.ones(5), rtol=0, atol=1e-3)
-    images, _ = network.prepare(pixels)
-    torch.testing.assert_close(images.square().mean(1), torch.ones(60), rtol=0, atol=1e-3)
-
-
-def test_the_update_is_that_of_pytorchs_adam():
-    generator = np.random.default_rng(0)
-    layer = ff_article.Layer(5, SMALL, generator, torch.float32, "cpu")
-    parameters = [p.clone().requires_grad_() for p in layer.parameters]
-    adam = torch.optim.Adam(parameters, lr=0.03)
-    for step in range(20):
-        gradients = [torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) for p in parameters]
-        for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient
-        adam.step()
-        layer.update(gradients, 0.03)
-    for own, right in zip(layer.parameters, parameters):
-        torch.testing.assert_close(own, right.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(layer.rounded, layer.weights)
-
-
-def drawn(monkeypatch, protocol, pixels, labels):
-    """The labels and the negatives that each step of training was shown, layer by layer."""
-    seen, show = [], Network.show
-    monkeypatch.setattr(
-        Network, "show", lambda self, x, s, *own: (seen.append([*own, len(x)]), show(self, x, s, *own))[1]
+@quick
+def test_what_a_layer_sees_is_one_long_or_has_a_root_mean_square_of_one(pixels):
+    network, h, ones = network_of(SMALL, pixels), torch.rand(2, 5, 24), torch.ones(60)
+    images, values = network.prepare(pixels)
+    lengths = (images.square().sum(1) + values[:, 0] ** 2).sqrt()
+    torch.testing.assert_close(lengths, ones, rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        network.layers[0].direction(h).norm(dim=2), torch.ones(2, 5), rtol=0, atol=1e-3
     )
-    steps, learn = [], ff_article.learn
-    monkeypatch.setattr(
-        ff_article, "learn", lambda net, k, *rest: (steps.append((k, len(seen))), learn(net, k, *rest))[1]
-    )
-    with torch.inference_mode():
-        ff_article.train_article(protocol, pixels, labels, 0, THREADS, torch.float32)
-    return seen, steps
+    rms = network_of(SMALL | {"length": "rms", "label_scale": 3.0}, pixels)
+    squares = rms.layers[0].direction(h).square().mean(2)
+    torch.testing.assert_close(squares, torch.ones(2, 5), rtol=0, atol=1e-3)
+    images, values = rms.prepare(pixels)
+    torch.testing.assert_close(images.square().mean(1), ones, rtol=0, atol=1e-3)
+    assert (values == 3).all()
 
 
-def test_negatives_as_written_are_drawn_once_a_batch_and_never_right(pixels, labels, monkeypatch):
-    seen, steps = drawn(monkeypatch, SMALL, pixels, labels)
-    assert all((right != wrong).all() for right, wrong, _ in seen)
-    # A batch of 40 and one of 20: of each, the first layer takes its 3 steps, then the second.
-    assert [number for number, _ in steps] == [0, 0, 0, 1, 1, 1] * 2
-    assert [size for *_, size in seen] == [40, 40, 20, 20]
-    for first, second in (seen[:2], seen[2:]):
-        assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
-    assert [count for _, count in steps] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]  # nothing new between
-
-
-def test_fresh_negatives_are_drawn_at_every_step(pixels, labels, monkeypatch):
-    seen, steps = drawn(monkeypatch, SMALL._replace(negatives="random"), pixels, labels)
-    assert [count for _, count in steps] == list(range(1, 13))
-    assert all((right != wrong).all() for right, wrong, _ in seen)
-    assert torch.equal(seen[0][0], seen[1][0]) and not torch.equal(seen[0][1], seen[1][1])
-
-
-def test_wrong_labels_are_uniform_over_nine():
-    right = torch.full((9000,), 4)
-    chance = torch.from_numpy(np.random.default_rng(0).random(9000, dtype=np.float32))
-    counts = torch.bincount(forward_forward.draw_negatives(right, chance), minlength=10)
-    assert counts[4] == 0 and (counts[torch.arange(10) != 4] - 1000).abs().max() < 150  # 5 sd
-
-
-def test_a_written_out_step_lowers_the_loss_as_the_articles_training_does(pixels, labels):
-    """Three steps of each layer on frozen negatives: the weights of the article's loop in float64."""
-    protocol = SMALL._replace(batch_size=60)
-    with torch.inference_mode():
-        network, last = ff_article.train_article(protocol, pixels, labels, 5, THREADS, torch.float32)
+@quick
+def test_training_takes_the_steps_of_the_articles_own_loop(pixels, labels):
+    """Three steps of each layer on frozen negatives, against the article's loop in float64."""
+    config = SMALL | {"batch_size": 60}
+    network, last = ff_article.train_article(config, 5, pixels, labels)
     generator = np.random.default_rng((5, 1))
     order = torch.from_numpy(generator.permutation(60))
+    assert torch.equal(last, order)
     chance = torch.from_numpy(generator.random(60, dtype=np.float32))
-    y = labels[order]
-    negatives = forward_forward.draw_negatives(y, chance)
-    both = [overlaid(standardised(pixels)[order], own) for own in (y, negatives)]
-    start = Network(36, protocol, 5, torch.float32)
-    for layer, own in zip(start.layers, network.layers):
-        parameters = [p.double().requires_grad_() for p in layer.parameters]
+    negatives = ff.sample_negatives(labels[order], chance)
+    both = [overlaid(standardised(pixels)[order], own) for own in (labels[order], negatives)]
+    for layer, own in zip(Network(36, config, 5).layers, network.layers):
+        parameters = exact(layer)
         adam = torch.optim.Adam(parameters, lr=0.03)
         for _ in range(3):
-            pos, neg = (article_forward(x, *parameters).pow(2).mean(1) for x in both)
             adam.zero_grad()
-            F.softplus(torch.cat([-pos + 3.0, neg - 3.0])).mean().backward()
+            article_loss(both, *parameters).backward()
             adam.step()
-        # Adam's first step is 0.03 whatever the gradient: where that is 1e-8, its sign is rounding's.
-        far = (own.weights.double() - parameters[0].detach()).abs() > 1e-4
-        assert far.float().mean() < 0.01
+        # Adam's first step is 0.03 whatever the gradient: where that is 1e-8, rounding decides its sign.
+        far = (own.weights.double() - parameters[0]).abs() > 1e-4
+        assert far.double().mean() < 0.01
+        assert (own.weights - layer.weights).abs().max() > 0.05  # three steps have been taken
         both = [article_forward(x, *parameters).detach() for x in both]
-    assert np.array_equal(np.sort(last), np.arange(60))
 
 
-def test_the_answer_is_the_highest_goodness_summed_over_all_layers(pixels, labels):
-    network = network_of(SMALL, pixels)
-    x, sums = standardised(pixels), []
-    for label in range(10):
-        h, goodness = overlaid(x, torch.full((60,), label)), []
-        for weights, biases in article_layers(network):
-            h = article_forward(h, weights, biases)
-            goodness.append(h.pow(2).mean(1))
-        sums.append(torch.stack(goodness))
-    naive = torch.stack(sums, dim=2)
-    ours = network.read_out(*network.prepare(pixels))
-    torch.testing.assert_close(ours.double(), naive, rtol=1e-4, atol=1e-5)
+def watch(monkeypatch, config, pixels, labels):
+    """The negatives that were sampled, and for each step of a layer its number and how many were by then."""
+    negatives, steps, sample, learn = [], [], ff.sample_negatives, ff_article.Layer.learn
+    train = ff_article.train_article
+    layers = []
 
-    prepared = network.prepare(pixels)
-    for way, answers in (("all", naive.sum(0)), ("skip-first", naive[1:].sum(0))):
-        ((loss, misses, facts),) = ff_article.evaluate(
-            lambda split, part: network.read_out(*(t[part] for t in prepared)),
-            lambda split, part, own: [h for (h,) in network.forward(*(t[part] for t in prepared), own)],
-            {"test": labels},
-            SMALL._replace(read_out=way),
-        ).values()
-        assert misses == int((answers.argmax(1) != labels).sum())
-        assert loss == pytest.approx(float(F.cross_entropy(answers, labels)), rel=1e-5)
-        assert facts["errors"][way] == 100 * misses / 60
-    assert len(facts["silent_units"]) == len(facts["mean_squares"]["right"]) == 2
+    def spy(labels, chance):
+        negatives.append(sample(labels, chance))
+        assert (negatives[-1] != labels).all()
+        return negatives[-1]
+
+    def step(layer, seen):
+        if layer not in layers:
+            layers.append(layer)
+        steps.append((layers.index(layer), len(negatives), seen[0].shape[1]))
+        learn(layer, seen)
+
+    monkeypatch.setattr(ff, "sample_negatives", spy)
+    monkeypatch.setattr(ff_article.Layer, "learn", step)
+    train(config, 0, pixels, labels)
+    return negatives, steps
 
 
-def test_each_rung_is_the_one_before_and_what_it_says():
-    before = make_protocol("as-written")
-    assert before == Protocol()
-    for name in LADDER:
-        protocol, changes = make_protocol(name), RUNGS[name][1]
-        differ = {f for f in Protocol._fields if getattr(protocol, f) != getattr(before, f)}
-        # What is ours by now may be what it was before.
-        assert differ <= set(changes) and differ | {"jitter", "peer", "label"} >= set(changes), name
-        assert all(getattr(protocol, field) == value for field, value in changes.items())
-        before = protocol
-    assert make_protocol("4x2000") == Protocol(layers=4, width=2000, read_out="skip-first")
-    assert make_protocol("as-written", batch_size=10_000, steps=9) == Protocol(batch_size=10_000, passes=9)
-    assert set(ARTICLE) | set(LADDER) == set(RUNGS) | {"4x2000"}
+@quick
+def test_as_written_negatives_are_sampled_once_a_batch(pixels, labels, monkeypatch):
+    negatives, steps = watch(monkeypatch, SMALL, pixels, labels)
+    assert len(negatives) == 2
+    # A batch of 40 and one of 20: on each the first layer takes its 3 steps, then the second.
+    assert steps == [(layer, k + 1, n) for k, n in enumerate((40, 20)) for layer in (0, 1) for _ in range(3)]
 
 
-def test_the_article_is_as_published():
-    assert Protocol()[:4] == (2, 512, 1000, 50_000) and Protocol().threshold == 3 and Protocol().lr == 0.03
-
-
-def test_the_last_rung_is_the_recipe_of_forward_forward():
-    recipe = ff_article.make_recipe(make_protocol(LADDER[-1]))
-    ours = forward_forward.Recipe()
-    own = {"width": 512, "epochs": 20, "layers": 2}
-    article = {"negatives": "hard", "goodness": "ssq", "threshold": 1.0, "batch_size": 100}
-    assert recipe == ours._replace(**own, **article)
-    before = ff_article.make_recipe(make_protocol("label"))
-    assert (before.sure, before.review) == (0, 1)  # every digit is shown in every pass
-
-
-def test_two_runs_are_the_same_bits(pixels, labels):
-    with torch.inference_mode():
-        for name in ("fresh-negatives", "minibatches", "together", "ssq"):
-            protocol = make_protocol(name, passes=2)._replace(width=24, batch_size=16)
-            a, b = (
-                ff_article.train_article(protocol, pixels, labels, 0, THREADS, torch.float32)[0]
-                for _ in range(2)
-            )
-            assert all(torch.equal(p.weights, q.weights) for p, q in zip(a.layers, b.layers))
-
-
+@quick
 @pytest.mark.parametrize(
-    "flags, says",
+    "schedule, order",
     [
-        (["--batch-size", 10_000], "--batch-size"),
-        (["--smoke", "--markdown"], "--markdown"),
-        (["--rungs", "nonsense"], "nonsense"),
-        (["--steps", 0], "--steps"),
-        (["--presentations", 100], "--presentations"),
+        ("batch", [0, 0, 0, 1, 1, 1] * 2),
+        ("layer", [0] * 6 + [1] * 6),
+        ("together", [0, 1] * 6),
     ],
 )
-def test_a_wrong_request_is_one_sentence_and_status_2(flags, says, capsys):
-    try:
-        status = ff_article.main([str(flag) for flag in flags])
-    except SystemExit as exit:  # argparse's own way
-        status = exit.code
-    assert status == 2
-    one_sentence(capsys.readouterr().err, says)
+def test_fresh_negatives_are_sampled_at_every_step_of_every_schedule(
+    schedule, order, pixels, labels, monkeypatch
+):
+    config = SMALL | {"negatives": "random", "schedule": schedule}
+    negatives, steps = watch(monkeypatch, config, pixels, labels)
+    assert [layer for layer, *_ in steps] == order
+    counts = [count for _, count, _ in steps]
+    assert counts == ([k // 2 + 1 for k in range(12)] if schedule == "together" else list(range(1, 13)))
+    assert not torch.equal(negatives[0], negatives[2])
+
+
+@quick
+def test_the_answer_is_the_highest_goodness_summed_over_all_layers(pixels, labels):
+    network, sums = network_of(SMALL, pixels), []
+    for label in range(10):
+        h, goodness = overlaid(standardised(pixels), torch.full((60,), label)), []
+        for layer in network.layers:
+            h = article_forward(h, *exact(layer))
+            goodness.append(h.pow(2).mean(1))
+        sums.append(torch.stack(goodness))
+    naive = torch.stack(sums, dim=2).detach()
+    ours = network.read_out(pixels).detach().double()
+    torch.testing.assert_close(ours + 3, naive, rtol=1e-4, atol=1e-5)  # logits: less the threshold
+    for way, answers in (("all", naive.sum(0)), ("skip-first", naive[1:].sum(0))):
+        config = SMALL | {"read_out": way}
+        splits = {"test": (pixels, labels)}
+        (record,) = ff_article.evaluate(config, splits, network.read_out, network.activities)
+        assert record["misses"] == int((answers.argmax(1) != labels).sum())
+        assert record["loss"] == pytest.approx(float(F.cross_entropy(answers, labels)), rel=1e-5)
+        assert record["error_first"] == 100 * int((naive[0].argmax(1) != labels).sum()) / 60
+        assert record["error_skip_first"] == 100 * int((naive[1].argmax(1) != labels).sum()) / 60
+
+
+@quick
+def test_an_evaluation_counts_what_it_says(monkeypatch):
+    """Eight digits of known answers and activities: errors, the last batch, silent units, mean squares."""
+    labels = torch.arange(8)
+    answers = labels.clone()
+    answers[[1, 4, 6]] = 9  # three wrong answers of eight; of the last batch, one of four
+
+    def read_out(pixels):
+        return torch.stack([F.one_hot(answers, 10), torch.zeros(8, 10)]).double()
+
+    def activities(pixels, own):  # three units: one always 2, one fires with wrong labels only, one never
+        wrong = (own[0] != labels).double()
+        h = torch.stack([torch.full((8,), 2.0), wrong, torch.zeros(8)], dim=1)[None]
+        return [h, torch.zeros(1, 8, 3)]
+
+    monkeypatch.setattr(ff_article, "slices", lambda n: [slice(0, n)])
+    splits = {split: (torch.zeros(8, 1), labels) for split in ("train", "test")}
+    last_batch = torch.tensor([0, 1, 2, 3])
+    train, test = ff_article.evaluate(ARTICLE, splits, read_out, activities, last_batch)
+    assert (train["misses"], train["error"], train["n"], train["pass"]) == (3, 37.5, 8, 1000)
+    assert train["last_batch_error"] == 25.0 and "last_batch_error" not in test
+    assert (train["error_first"], train["error_skip_first"]) == (37.5, 87.5)  # without layer 1: always 0
+    assert train["silent_units"] == pytest.approx([100 / 3, 100])
+    assert train["mean_squares_right"] == pytest.approx([4 / 3, 0])
+    assert train["mean_squares_wrong"] == pytest.approx([5 / 3, 0])
+
+
+@quick
+def test_the_last_batch_error_of_a_run_is_that_of_its_last_batch(pixels, labels):
+    config = SMALL | {"passes": 30}
+    splits = {"train": (pixels, labels), "test": (pixels, labels)}
+    train, _ = ff_article.train(config, 0, splits)
+    network, last = ff_article.train_article(config, 0, pixels, labels)
+    assert len(last) == 20
+    missed = network.read_out(pixels).sum(0).argmax(1) != labels
+    assert train["last_batch_error"] == 100 * int(missed[last].sum()) / 20
+    assert train["misses"] == int(missed.sum()) and missed[last].any()
+    other = ff_article.train(config | {"schedule": "layer"}, 0, splits)[0]
+    assert "last_batch_error" not in other
+
+
+@quick
+def test_each_rung_is_the_one_before_and_what_it_says():
+    before = ARTICLE
+    for name, (_, changes) in RUNGS.items():
+        config = CONFIGS[name]
+        if name != "momentum":
+            assert config == before | changes and config != before
+        before = config
+    assert CONFIGS["4x2000"] == ARTICLE | {"layers": 4, "width": 2000, "read_out": "skip-first"}
+    assert CONFIGS.keys() == LONG.keys() | RUNGS.keys()
+    # What Adam's last rung and the first one without Adam have in common stays the same.
+    shared = CONFIGS["ssq"].keys() & CONFIGS["momentum"].keys() - {"lr"}
+    assert len(shared) == 11
+    assert all(CONFIGS["ssq"][field] == CONFIGS["momentum"][field] for field in shared)
+
+
+@quick
+def test_the_article_is_as_published():
+    published = {"layers": 2, "width": 512, "passes": 1000, "threshold": 3, "lr": 0.03, "negatives": "frozen"}
+    assert ARTICLE.items() >= published.items() and CONFIGS["as-written"] == ARTICLE
+
+
+@quick
+def test_the_last_rung_is_the_config_of_forward_forward():
+    last = {"layers": 2, "width": 512, "passes": 20, "batch_size": 100}
+    assert CONFIGS["jitter"] == ff.make_config(**last)._asdict()
+
+
+@pytest.mark.parametrize("rung", ["fresh-negatives", "minibatches", "together", "ssq"])
+def test_two_runs_are_the_same_bits(rung, pixels, labels):
+    config = CONFIGS[rung] | {"width": 24, "batch_size": 16, "passes": 2, "precision": "fp32"}
+    a, b = (ff_article.train_article(config, 0, pixels, labels)[0] for _ in range(2))
+    other = ff_article.train_article(config, 1, pixels, labels)[0]
+    assert all(torch.equal(p.weights, q.weights) for p, q in zip(a.layers, b.layers))
+    assert not torch.equal(a.layers[0].weights, other.layers[0].weights)
 
 
 @pytest.fixture
@@ -297,90 +323,108 @@ def digits(monkeypatch):
     y = torch.arange(500) % 10
     x = (60 * torch.rand(500, 28, 28, generator=generator)).byte()
     x[torch.arange(500), 10 + y] = 250
-    monkeypatch.setattr(ff_article.prepro, "load_whole_mnist", lambda root: {"train": (x, y), "test": (x, y)})
+    splits = {"train": (x, y), "test": (x, y)}
+    monkeypatch.setattr(prepro, "load_whole_mnist", lambda data_root=None: splits)
 
 
-def test_a_smoke_test_runs_every_kind_of_rung_and_keeps_it(digits, tmp_path, capsys):
+def test_a_smoke_run_trains_every_kind_of_rung_and_skips_what_is_there(digits, tmp_path, capsys):
     rungs = ["as-written", "minibatches", "ssq", "jitter"]
-    flags = ["--smoke", "--out", str(tmp_path), "--quiet", "--threads", "1", "--rungs", *rungs]
+    flags = ["--smoke", "--out", tmp_path, "--quiet", "--threads", 2, "--seeds", 1]
+    flags = [*map(str, flags), "--rungs", *rungs]
     assert ff_article.main(flags) == 0
     table = capsys.readouterr().out
-    assert "| + minibatches of 100" in table and "last batch alone" in table
+    assert "| + minibatches of 100" in table and "last batch" in table
     assert (tmp_path / "ff_article.png").stat().st_size > 10_000
-    folders = sorted(path.parent for path in tmp_path.glob("*/run.json"))
-    assert [folder.name for folder in folders] == sorted(f"{rung}-seed1234" for rung in rungs)
-    for folder in folders:
-        run = json.loads((folder / "run.json").read_text())
-        assert run["finished"] and run["settings"]["smoke"] and run["script"] == "ff_article"
-        assert run["settings"]["rung"] in folder.name and run["flags"]["seed"] == 1234
-        last = utils.last_evaluations(utils.read_log(folder / "seed1234.jsonl"))
-        for entry in last.values():
-            assert entry["n"] == 500 and entry["error"] == 100 * entry["misses"] / 500
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/seed*.jsonl")}
+    for rung in rungs:
+        run = read_run(tmp_path / f"{rung}.jsonl")
+        expected = CONFIGS[rung] | ff_article.SMOKE
+        assert run.script == "ff_article" and run.config == json.loads(json.dumps(expected))
+        assert sorted(run.records) == [1234]
+        assert all(record["n"] == 500 for split in ("train", "test") for record in run.final(split))
+    assert run.final("test")[0]["error"] < 85  # of the last rung, which learns in two passes; chance is 90
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+    stamps = {path: path.stat().st_mtime_ns for path in before}
     assert ff_article.main(flags) == 0 and capsys.readouterr().out == table
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert stamps == {path: path.stat().st_mtime_ns for path in before}
+    assert ff_article.main([*flags, "--again", "--threads", "1"]) == 0
+    assert before == {path: path.read_bytes() for path in before}  # trained anew: the same bytes
 
 
-def test_forward_forward_runs_the_article_too(digits, tmp_path, capsys):
-    flags = ["--as", "article", "--threads", "1", "--quiet", "--seed", "7", "--out", str(tmp_path)]
-    assert forward_forward.main([*flags, "--smoke"]) == 0
-    capsys.readouterr()
-    assert forward_forward.main([*flags, "--epochs", "3", "--batch-size", "250"]) == 0
-    out = capsys.readouterr().out
-    assert "3 steps on each batch, of 250 |" in out and "3 steps on batches of 250" in out
-    runs = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/run.json")}
-    assert set(runs) == {"as-written-seed7", "as-written-batch-size250-steps3-seed7"}
-    run = runs["as-written-batch-size250-steps3-seed7"]
-    assert run["protocol"] == make_protocol("as-written", 3, 250)._asdict() and run["seeds"] == [7]
-    for wrong in (["--layers", "3"], ["--jitter", "0"], ["--data", "usps"], ["--validation", "5"]):
-        assert forward_forward.main([*flags, *wrong]) == 2
-        one_sentence(capsys.readouterr().err, wrong[0])
+def test_another_precision_does_not_mix_with_a_committed_run(digits, tmp_path, capsys):
+    shutil.copy(PAGE.parent / "short.jsonl", tmp_path)
+    flags = ["--rungs", "short", "--precision", "fp32", "--quiet", "--out", str(tmp_path), "--seed", "7"]
+    assert ff_article.main(flags) == 2
+    one_sentence(capsys.readouterr().err, "short.jsonl", "--out")
 
 
-def test_seeds_that_had_finished_are_not_trained_again(digits, tmp_path, monkeypatch, capsys):
-    flags = ["--rungs", "ssq", "--presentations", "60000", "--seeds", "2", "--out", str(tmp_path)]
-    flags += ["--quiet", "--threads", "1"]
-    trained, train = [], ff_article.train
-
-    def stop_at_the_second(protocol, splits, seed, *rest):
-        trained.append(seed)
-        if trained == [1234, 1235]:
-            raise KeyboardInterrupt
-        return train(protocol, splits, seed, *rest)
-
-    monkeypatch.setattr(ff_article, "train", stop_at_the_second)
-    assert ff_article.main(flags) == 130
-    assert ff_article.main(flags) == 0
-    assert trained == [1234, 1235, 1235]
-    (folder,) = (path.parent for path in tmp_path.glob("*/run.json"))
-    assert folder.name == "ssq-presentations60000-seeds1234-1235"
-    assert len(list(folder.glob("seed*.jsonl"))) == 2
+@quick
+@pytest.mark.parametrize(
+    "flags, says", [(["--rungs", "nonsense"], "nonsense"), (["--seeds", "0"], "--seeds")]
+)
+def test_a_wrong_request_is_one_sentence_and_status_2(flags, says, capsys):
+    with pytest.raises(SystemExit) as exit:
+        ff_article.main(flags)
+    assert exit.value.code == 2
+    one_sentence(capsys.readouterr().err, says)
 
 
 def test_without_mnist_one_sentence_says_what_to_do(tmp_path, monkeypatch, capsys):
     for name, value in NO_NETWORK.items():
         monkeypatch.setenv(name, value)
-    flags = [
-        "--smoke",
-        "--rungs",
-        "ssq",
-        "--data-root",
-        str(tmp_path / "none"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert ff_article.main(flags) in (1, 2)
+    (tmp_path / "none").mkdir()
+    flags = ["--smoke", "--rungs", "ssq", "--data-root", tmp_path / "none", "--out", tmp_path / "out"]
+    assert ff_article.main([*map(str, flags)]) in (1, 2)
     one_sentence(capsys.readouterr().err, "ff_article.py:")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_table_in_the_readme_is_that_of_the_runs(capsys):
-    begin, end = utils.readme_markers("ff_article.py")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if begin not in readme:
-        pytest.skip("the README has no table of this study yet")
-    jobs = [f"{name}-seeds1234-1236" for name in LADDER]
-    if not all(utils.finished(ff_article.FOLDER / job) for job in jobs):
-        pytest.skip("not all rungs have been run")
-    args = ff_article.parse(["--precision", "bf16"])
-    assert readme.split(begin)[1].split(end)[0].strip() == ff_article.table(ff_article.read_runs(args), args)
+# The committed runs, and what the page says of them
+
+
+@quick
+def test_the_committed_runs_are_of_the_configs():
+    found = read_runs(PAGE.parent)
+    assert found.keys() == CONFIGS.keys() - {"4x2000"}
+    for name, run in found.items():
+        assert run.config == json.loads(json.dumps(CONFIGS[name])) and run.script == "ff_article"
+        assert sorted(run.records) == ([1234] if name in LONG else [1234, 1235, 1236])
+        assert len(run.final("train")) == len(run.final("test")) == len(run.records)
+    assert len({run.data_sha256 for run in found.values()}) == 1
+
+
+@quick
+def test_the_page_has_the_table_of_the_runs():
+    page = PAGE.read_text(encoding="utf-8")
+    tables = ff_article.tables(PAGE.parent)
+    assert fill(page, tables) == page
+    assert len(tables["ladder"].splitlines()) == 2 + 2 + len(LONG) - 1 + len(RUNGS)
+    assert fill(page, {"ladder": tables["ladder"].replace("4.53%", "4.35%", 1)}) != page  # it can fail
+
+
+@quick
+def test_every_percentage_in_the_prose_is_in_the_table_or_is_cited_from_another_page():
+    before, rest = PAGE.read_text(encoding="utf-8").split("<!-- ladder: begin -->")
+    table, after = rest.split("<!-- ladder: end -->")
+    cited = {"1.36%", "1.74%", "11%", "95%"}  # Hinton's error, mnist-hinton without layer 1, the interval
+    prose = set(re.findall(r"\d+(?:\.\d+)?%", before + after))
+    assert prose - cited <= set(re.findall(r"\d+(?:\.\d+)?%", table))
+    assert {"4.53%", "6.34%", "3.03%", "1.45%", "88.65%"} <= prose
+    (hinton,) = read_run(PAGE.parent.parent / "forward_forward" / "mnist-hinton.jsonl").final("test")
+    assert hinton["errors"]["skip-first"] == 1.74
+
+
+@quick
+def test_the_rungs_that_the_page_tells_apart_differ_and_no_others():
+    found = read_runs(PAGE.parent)
+    errors = {name: [record["error"] for record in found[name].final("test")] for name in RUNGS}
+    apart = set()
+    for before, name in zip(RUNGS, list(RUNGS)[1:]):
+        low, high = mean_interval(errors[before], np.std(errors[name], ddof=1), 3)
+        apart |= {name} if not low <= np.mean(errors[name]) <= high else set()
+    assert apart == {"minibatches", "together", "ssq", "hard-negatives", "skip", "jitter"}
+    lower = {
+        name
+        for before, name in zip(RUNGS, list(RUNGS)[1:])
+        if np.mean(errors[name]) < np.mean(errors[before])
+    }
+    assert apart & lower == {"minibatches", "ssq", "hard-negatives", "jitter"}
