@@ -1,7 +1,7 @@
 """Handwriting-like 16x16 digits, drawn with a pen: a data set of any size without a download.
 
-No paper knows these digits, so nothing measured on them is held against one. They exist so that every script
-runs on a machine without a network, and so that a study can ask for more digits than anybody ever scanned.
+No paper has used these digits, so no result on them is compared with a published one. They exist so that every
+script runs on a machine without a network, and so that a study can have more digits than anybody ever scanned.
 
 A digit is one of a few templates (curves through control points), bent by a smooth random field, slanted,
 turned, stretched and shifted, then drawn with a pen of random width and softness and given a little noise.
@@ -151,7 +151,7 @@ def _pen_path(strokes):
     """POINTS pen positions, evenly spaced along all `strokes` of a template and centred, and the spacing."""
     curves = [_curve(stroke) for stroke in strokes]
     points = np.concatenate(curves)
-    # The pen is lifted between strokes: that way costs no ink, so it counts for nothing.
+    # The pen is lifted between strokes, so the way from one to the next is not counted.
     steps = np.concatenate([np.linalg.norm(np.diff(c, axis=0, prepend=c[:1]), axis=1) for c in curves])
     travelled = np.cumsum(steps)
     spacing = travelled[-1] / POINTS
@@ -215,7 +215,7 @@ def _draw_block(n, rng):
 def draw_digits(n, seed):
     """Draw `n` digits: images (n, 16, 16) float32 in [-1, 1] and labels (n,) int64.
 
-    `seed` is an integer or a sequence of them. A larger draw with the same seed begins with the smaller one.
+    `seed` is an integer or a sequence of them. A larger set of the same seed begins with the smaller one.
     """
     images = np.empty((n, SIDE, SIDE), dtype=np.float32)
     labels = np.empty(n, dtype=np.int64)

@@ -1,4 +1,4 @@
-// As many multiply-adds as a core can do: 12 independent chains, in registers alone.
+// Does as many multiplications and additions as a core can: 12 independent chains, all in registers.
 #include <stdint.h>
 
 #ifdef __AVX512F__
@@ -10,7 +10,7 @@
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 
-// Returns the floating-point operations done: a multiplication and an addition for each lane, chain and round.
+// Returns how many it has done: one multiplication and one addition for each lane, chain and round.
 int64_t multiply_add(int64_t rounds, float factor, float *result) {
     vec chain[CHAINS];
     _Pragma("GCC unroll 12") for (int i = 0; i < CHAINS; i++) chain[i] = (float)i - (vec){0};
