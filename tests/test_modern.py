@@ -365,7 +365,7 @@ def test_evaluation_neither_shifts_nor_drops_nor_disturbs_training(make):
 
 @pytest.mark.parametrize("seeds", [[3], [3, 4]])
 def test_steps_read_nothing_back_and_stay_on_their_device(seeds, monkeypatch):
-    """Tensors on the device "meta" have shapes and no values. AdamW, which is PyTorch's, is not made for it."""
+    """Tensors on the device "meta" have shapes, no values. AdamW is not made for them."""
     config = config_of(4, optimizer="sgd", shift="pad", batch_size=6)
     replicas, steps, step = modern.TorchReplicas(config, "meta", seeds), [], torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(1) or step(self))
