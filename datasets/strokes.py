@@ -1,7 +1,7 @@
 """Handwriting-like 16x16 digits, drawn with a pen: a data set of any size without a download.
 
-No paper has used these digits, so no result on them is compared with a published one. They exist so that every
-script runs on a machine without a network, and so that a study can have more digits than anybody ever scanned.
+No paper has used these digits, so no result on them is compared with a published one. They exist so that
+every script runs without a network, and so that a study can have more digits than anybody ever scanned.
 
 A digit is one of a few templates (curves through control points), bent by a smooth random field, slanted,
 turned, stretched and shifted, then drawn with a pen of random width and softness and given a little noise.
