@@ -490,7 +490,7 @@ def test_help_shows_every_default(capsys):
 
 
 @pytest.mark.parametrize(
-    "flags, word", [(["--lr", "1e6"], "--lr"), (["--preset", "literal", "--eta", "1e9"], "--eta")]
+    "flags, word", [(["--lr", "1e30"], "--lr"), (["--preset", "literal", "--eta", "1e30"], "--eta")]
 )
 @pytest.mark.quick
 def test_a_loss_that_is_not_finite(flags, word, tmp_path, capsys):
