@@ -54,8 +54,6 @@ def test_what_is_searched():
 
 
 def test_no_run_of_the_search_is_done_twice(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(recover_1989, "SMOKE_GRID", {**recover_1989.SMOKE_GRID, "rates": [("sgd", 0.04),
-                        ("sdlm", 0.04, 0.05)]})  # fmt: skip
     flags = ["--smoke", "--quiet", "--data", "mnist", "--out", str(tmp_path)]
     assert recover_1989.main(flags) == 0
     first, printed = (tmp_path / "mnist.jsonl").read_text(), capsys.readouterr().out
@@ -73,8 +71,11 @@ def test_no_run_of_the_search_is_done_twice(tmp_path, monkeypatch, capsys):
     assert recover_1989.main(flags) == 0
     assert len(done) == len(lost) and {seed for _, seed, _ in done} == {2}
     assert (tmp_path / "mnist.jsonl").read_text() == first
-    table = printed[printed.index("| config") :]
-    assert table in capsys.readouterr().out
+    first, again = (
+        [line for line in text.splitlines() if line.startswith("|")]
+        for text in (printed, capsys.readouterr().out)
+    )
+    assert len(first) > 10 and again == first
 
 
 def test_the_presets_are_those_that_the_search_found():
@@ -190,6 +191,6 @@ def test_the_other_networks_are_trained_and_shown(tmp_path, capsys):
     flags = ["--smoke", "--quiet", "--seeds", "2", "--out", str(tmp_path)]
     assert other_networks_1989.main(flags) == 0
     shown = capsys.readouterr().out
-    assert "(published 8.1%)" in shown and shown.count("\n| ") == 4
+    assert "(published 8.1%)" in shown and shown.count("\n| ") == 3
     found = {name: runs.read_run(tmp_path / f"{name}.jsonl") for name in other_networks_1989.CONFIGS}
     assert all(sorted(run.records) == [1000, 1001] for run in found.values())
