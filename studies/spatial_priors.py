@@ -25,8 +25,9 @@ import torch.nn.functional as F
 
 import mnist1d_gen
 import utils
-from records import figures, tables
+from records import figures
 from records import run as runs
+from records.tables import markdown_table, mean_sd, published, read_runs, student_t, write_tables
 from studies import common
 
 ORDERS = "ordered", "shuffled"
@@ -253,8 +254,8 @@ def curves(found):
             mean, sd = accuracies.mean(axis=0), accuracies.std(axis=0, ddof=len(own) > 1)
             axis.fill_between(steps, mean - sd, mean + sd, color=f"C{number}", alpha=0.25, linewidth=0)
             axis.plot(steps, mean, color=f"C{number}", label=model)
-            published = [published_row(model, order)["test_accuracy"]] * 2
-            axis.plot([steps[-1], 1.1 * steps[-1]], published, "--", color=f"C{number}", linewidth=2)
+            value = published_row(model, order)["test_accuracy"]
+            axis.plot([steps[-1], 1.1 * steps[-1]], [value, value], "--", color=f"C{number}", linewidth=2)
         axis.set(xlabel="step", title=f"{order} signals: mean ± sd, n = {len(own)}", ylim=(0, 100))
         axis.grid(True)
     axes[0].set_ylabel("test accuracy (%); dashed: published")
@@ -283,29 +284,29 @@ def accuracy_table(found):
             spread = statistics.stdev(values) if len(values) > 1 else 0
             distance = row["test_accuracy"] - statistics.fmean(values)
             distance /= math.hypot(spread, row["test_accuracy_sd"])
-            cells.append(f"{tables.mean_sd(values, '.1f')} ({distance:+.1f})")
+            cells.append(f"{mean_sd(values, '.1f')} ({distance:+.1f})")
         cells.insert(2, f"{statistics.median(record['step'] for record in stopped.final('test')):g}")
-        published = f"{row['test_accuracy']} ± {row['test_accuracy_sd']}"
-        rows.append((order, model, f"{COUNTS[model]:,}", published, *cells))
-    return tables.markdown_table(head, rows, left=2)
+        value = f"{row['test_accuracy']} ± {row['test_accuracy_sd']}"
+        rows.append((order, model, f"{COUNTS[model]:,}", value, *cells))
+    return markdown_table(head, rows, left=2)
 
 
 def shuffling_table(found):
     """What shuffling costs, in points of test accuracy, with the 95% interval of the mean over seeds."""
     rows = []
     for model in MODELS:
-        published = [published_row(model, order)["test_accuracy"] for order in ORDERS]
-        cells = [f"{published[1] - published[0]:+d}"]
+        ordered, shuffled = (published_row(model, order)["test_accuracy"] for order in ORDERS)
+        cells = [f"{shuffled - ordered:+d}"]
         for ending in "", "-validation":
             own = [accuracies(found[f"{model}-{order}{ending}"]) for order in ORDERS]
             change, n = statistics.fmean(own[1]) - statistics.fmean(own[0]), len(own[0])
             cells.append(f"{change:+.1f}")
             if n > 1:
                 error = math.sqrt(sum(statistics.variance(values) for values in own) / n)
-                reach = tables.student_t(0.975, 2 * n - 2) * error
+                reach = student_t(0.975, 2 * n - 2) * error
                 cells[-1] += f" ({change - reach:+.1f} to {change + reach:+.1f})"
         rows.append((model, *cells))
-    return tables.markdown_table(("model", "published", "last step", "early stopping"), rows)
+    return markdown_table(("model", "published", "last step", "early stopping"), rows)
 
 
 def class_table(found, labels):
@@ -315,17 +316,18 @@ def class_table(found, labels):
         misses = np.mean([r["class_misses"] for r in found[f"{model}-ordered"].final("test")], axis=0)
         rows.append((model, *(f"{e:.1f}" for e in [*100 * misses / sizes, 100 * misses.sum() / sizes.sum()])))
     human = utils.reference("mnist1d")["human"]
-    errors = *human["class_errors"], 100 - tables.published(human["accuracy"])
+    errors = *human["class_errors"], 100 - published(human["accuracy"])
     rows.append(("human, published", *(f"{error:.1f}" for error in errors)))
-    return tables.markdown_table(["error (%)", *map(str, range(10)), "all"], rows)
+    return markdown_table(["error (%)", *map(str, range(10)), "all"], rows)
 
 
-def make_tables(found, data):
-    """The page's tables by the names of their markers."""
+def tables(folder):
+    """The page's tables by the names of their markers, from the runs in a folder."""
+    found = read_runs(folder)
     return {
-        "accuracies": accuracy_table(found),
         "shuffling": shuffling_table(found),
-        "classes": class_table(found, data["y_test"]),
+        "accuracies": accuracy_table(found),
+        "classes": class_table(found, mnist1d_gen.make_dataset()["y_test"]),
     }
 
 
@@ -350,11 +352,11 @@ def main(argv=None):
         device=args.device,
     )
     figures.save(curves(found), args.out / "spatial_priors.png")
-    shown = make_tables(found, data)
+    shown = tables(args.out)
     print(*shown.values(), sep="\n\n")
     if args.out == PAGE.parent:
         mnist1d_gen.draw_picture(args.out / "mnist1d.png", data, mnist1d_gen.Arguments())
-        tables.write_tables(PAGE, shown)
+        write_tables(PAGE, shown)
 
 
 if __name__ == "__main__":
