@@ -16,7 +16,8 @@ several runs, the interval is that of the mean of so many (Welch's t). Further r
 - From fewer than five seeds nothing is concluded.
 - A seed that is the published run itself (same weights, same digits) is shown and does not count.
 - A seed that failed to learn some class is reported by itself, and does not count either. It has failed if
-  its final training error is above 5% (a class is 7% of the digits or more) and 3 times the median seed's.
+  its final training error is above 5% (a class is 7% of the digits or more) and 3 times that of the median
+  seed, and its test error is 1.5 times that of the median seed.
 - Of a misprinted number the correction is taken, or none. Where misses are held, error is not.
 - Digits that are procedural, or not the genuine ones, are held against no paper.
 
@@ -47,6 +48,7 @@ KEYS = set(
     "title where run runs differs same_seed squared_error printed_to sd_seeds page context claim".split()
 )
 HEADLINES = ("test_misses", "test_error", "test_accuracy", "rejected")  # the first of these stands for a row
+SPLITS = "train", "test"
 FEWEST = 5  # seeds from which something is concluded
 INSIDE, OUTSIDE, EXPECTED = "inside", "outside", "outside, as expected"
 FEW, SAME, MISPRINTED = "too few seeds", "same realisation", "misprinted"
@@ -209,10 +211,16 @@ def read_run(path):
 
 def failed_seeds(run):
     """seed -> final training error, of the seeds that failed to learn a class (by the rule above)."""
-    final = run.final("train") or run.final("test")
-    errors = {record["seed"]: record["error"] for record in final if "error" in record}
-    bound = max(5, 3 * statistics.median(errors.values())) if errors else 0
-    return {seed: error for seed, error in errors.items() if error > bound}
+    final = {split: {r["seed"]: r["error"] for r in run.final(split) if "error" in r} for split in SPLITS}
+    if not all(final.values()):
+        return {}
+    train, test = (statistics.median(errors.values()) for errors in final.values())
+    bounds = max(5, 3 * train), 1.5 * test
+    return {
+        seed: error
+        for seed, error in final["train"].items()
+        if error > bounds[0] and final["test"].get(seed, 0) > bounds[1]
+    }
 
 
 def numbers(row):

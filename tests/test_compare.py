@@ -204,11 +204,19 @@ def test_a_failed_seed_does_not_widen_the_interval(tmp_path):
 
 @quick
 @pytest.mark.parametrize(
-    ("usual", "worst", "failed"), [(30, 364, False), (30, 365, True), (400, 1200, False), (400, 1201, True)]
+    ("usual", "worst", "test", "failed"),
+    [
+        (30, 364, 200, False),
+        (30, 365, 200, True),
+        (400, 1200, 200, False),
+        (400, 1201, 200, True),
+        (30, 365, 150, False),  # it has learned no worse than others: early stopping, say
+        (30, 365, 151, True),
+    ],
 )
-def test_the_bounds_of_failure(usual, worst, failed, tmp_path):
-    """5% of 7,291 is 364.55; three times the median is 1,200."""
-    seeds = {seed: (usual, 100) for seed in range(6)} | {6: (worst, 100)}
+def test_the_bounds_of_failure(usual, worst, test, failed, tmp_path):
+    """5% of 7,291 is 364.55; three times the median is 1,200; 1.5 times 100 is 150."""
+    seeds = {seed: (usual, 100) for seed in range(6)} | {6: (worst, test)}
     assert list(compare.failed_seeds(run_of(tmp_path, seeds))) == [6] * failed
 
 
