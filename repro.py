@@ -19,8 +19,10 @@ Records, log and figures go to results/repro/; `python compare.py` holds them ag
 
 import argparse
 import functools
+import importlib
 import math
 import sys
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -482,6 +484,8 @@ def main(argv=None):
     facts = {"engine": "c" if isinstance(engine, Convnet1989) else "torch", "device": args.device}
     path = runs.path_of(args, words, config, preset, **facts)
     seeds, title = range(args.seed, args.seed + args.seeds), title_of(config, args.preset)
+    if args.figures:  # matplotlib takes half a second, in which C can train
+        threading.Thread(target=importlib.import_module, args=["records.figures"]).start()
     with runs.open_run(path, "repro", config, digits.sha256(), log=True, threads=threads, **facts) as run:
 
         def train_and_save(seed, progress):

@@ -987,7 +987,8 @@ def test_curves_show_the_error_and_examples_their_labels():
     assert legend == ["layer 1", "layer 2", "softmax, while training", "test error: 1.50%"]
     assert figure.axes[1].lines[-1].get_xydata().tolist() == [[2.0, 1.5]]
     figure = figures.labelled(np.ones((2, 16, 20)), ([3, 9], [0, 5]), "title")
-    strips = [image.get_array()[0] for image in figure.axes[0].images]
+    (canvas,) = (image.get_array() for image in figure.axes[0].images)  # 20 wide with a gap of 4, 28 high
+    strips = [canvas[8 + 28 * (k // 2), 24 * (k % 2) :][:20] for k in range(4)]
     assert [np.flatnonzero(strip == 1).tolist() for strip in strips] == [[6, 7], [18, 19], [0, 1], [10, 11]]
     assert [text.get_text() for text in figure.axes[0].texts] == [
         "+ 3",

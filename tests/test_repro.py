@@ -367,7 +367,7 @@ def test_figures_of_no_misses_and_of_many():
     for n in (0, 1, 15, 16, 200):
         images = np.zeros((n, 16, 16))
         (axis,) = figures.misses(images, np.zeros(n, int), np.ones(n, int), "").axes
-        assert len(axis.images) == len(axis.texts) == n
+        assert len(axis.texts) == n and len(axis.images) == 1
 
 
 # Whole runs
