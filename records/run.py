@@ -175,7 +175,7 @@ def open_run(path, script, config, data_sha256, log=False, **facts):
         run.require(script, config, data_sha256)
         started = time.time()
         run.session = {
-            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": _command(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
             **facts,
             **utils.environment(),
@@ -191,6 +191,13 @@ def open_run(path, script, config, data_sha256, log=False, **facts):
                 run._write()
     finally:
         lock.release()
+
+
+def _command():
+    """The command line as a user would type it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    script = ["-m", spec.name] if spec else [Path(sys.argv[0]).name]
+    return shlex.join(["python", *script, *sys.argv[1:]])
 
 
 def path_of(args, words, config, preset, engine="c", device="cpu"):
