@@ -13,7 +13,7 @@ import prepro
 import repro
 import utils
 from datasets import strokes
-from records import figures, weights
+from records import figures, tables, weights
 from records import run as runs
 
 SMOKE = ["--data", "strokes", "--smoke", "--no-figures", "--quiet"]
@@ -791,3 +791,17 @@ def test_sdlm_measures_curvature_on_the_sample_it_says():
     chosen = np.random.default_rng((1, 2)).permutation(100)[:40]
     expected = 0.002 / (0.02 + engine.measure_curvature(p, images[chosen])[0])
     np.testing.assert_allclose(repro.learning_rates(engine, p, images, setup, 1, 2)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.quick
+def test_figures_show_the_published_numbers_where_they_are():
+    row = utils.reference("lecun1989")
+    log = [runs.evaluation(1, split, loss, 3, 100) for split, loss in (("train", 0.01), ("test", 0.02))]
+    figure = figures.learning_curves([log], "title", row["result"])
+    for axis, quantity in zip(figure.axes, ("loss", "error")):
+        dashed = [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "--"]
+        assert dashed == [
+            tables.published(row["result"][f"{split}_{quantity}"]) for split in ("train", "test")
+        ]
+    axis = figures.rejection([[5.0, 3.0, 1.0]], "title", row["rejection"]).axes[0]
+    assert [tuple(line.get_xydata()[0]) for line in axis.lines if line.get_marker() == "x"] == [(12.1, 1)]
