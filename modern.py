@@ -1,4 +1,4 @@
-"""LeCun et al. 1989 with 33 years of hindsight, as Karpathy added it in 2022: one named change at a time.
+"""LeCun et al. 1989 with 33 years of hindsight, as Karpathy added it in 2022, one named change at a time.
 
 The digits, the network and its 9,760 parameters stay those of 1989, as in repro.py. Each change includes
 those before it:
@@ -6,13 +6,13 @@ those before it:
     --change     what                                                         passes  learning rate
     0  1989      repro.py: tanh outputs, mean squared error, SGD                  23  0.03
     1  softmax   logits, softmax, cross-entropy                                   23  0.01
-    2  adamw     AdamW in the place of SGD                                        46  3e-4 falling to 1e-4
+    2  adamw     AdamW instead of SGD                                             46  3e-4 falling to 1e-4
     3  shift     each digit moved by up to a pixel both ways, anew each time      60
-    4  dropout   ReLU in the place of tanh; a quarter of H2's outputs dropped     80
+    4  dropout   ReLU instead of tanh; a quarter of H2's outputs dropped          80
 
-    python modern.py                                  # change 4, on MNIST where it can be had
+    python modern.py                                  # change 4, on MNIST where it is available
     python modern.py --change all --seeds 20          # all five, and a figure of them
-    python modern.py --train-size 50000 --passes 100  # what more data buys
+    python modern.py --train-size 50000 --passes 100  # more data, and more passes over them
     python modern.py --device cuda --seeds 256        # 256 seeds trained as one computation
 
 The numbers above are Karpathy's; nothing was tuned here. Published results: `softmax` to `more-data-modern`
@@ -23,7 +23,7 @@ Expected last lines of `python modern.py` (MNIST, seed 1337; under 10 s on one c
     eval: split train. loss 5.112551e-02. error 1.66%. misses: 121
     eval: split test . loss 5.941740e-02. error 1.89%. misses: 38
 
-Records, log and figures go to results/modern/; `python compare.py` holds them against what is published.
+Records, log and figures go to results/modern/; `python compare.py` compares them with the published numbers.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from repro import Parameters
 torch, F = utils.Lazy("torch"), utils.Lazy("torch.nn.functional")
 chance = utils.Lazy("kernels.chance")
 
-# The config: every number that decides the result. Each change is what it changes in those before it.
+# The config holds every choice that decides the result. A change lists where it differs from the one before.
 
 NAMES = ("1989", "softmax", "adamw", "shift", "dropout")
 CHANGES = (
@@ -72,14 +72,14 @@ CHANGES = (
 
 
 def make_config(change=4, data="mnist", draw=None, train_size=prepro.TRAIN_SIZE, **changes):
-    """The full config of a change, 0 to 4, on the digits `data`, with some numbers changed.
+    """The full config of a change, 0 to 4, on the digits `data`, with `changes` (name=value) applied.
 
-    Another lr takes final_lr along, in proportion, unless that is given too.
+    If lr is changed and final_lr is not, final_lr is scaled in proportion.
     """
     where = {"data": data, "draw": draw or prepro.DRAWS[0]} if data == "mnist" else {"data": data}
     config = {name: value for deltas in CHANGES[: change + 1] for name, value in deltas.items()}
     if config["shift"] == "roll" and data == "usps":
-        config["shift"] = "pad"  # these digits touch the border, so they would come in on the other side
+        config["shift"] = "pad"  # these digits touch the border, and would come in on the other side
     config["final_lr"] *= changes.get("lr", config["lr"]) / config["lr"]
     return {**where, "train_size": train_size, "change": change, **config, **changes}
 
@@ -90,7 +90,7 @@ def make_config(change=4, data="mnist", draw=None, train_size=prepro.TRAIN_SIZE,
 def forward(parameters, images, config, scale=1.0):
     """The outputs (n, 10) for images (n, 1, 20, 20); with cross-entropy, they are logits.
 
-    `scale` (n, 192) is what dropout multiplies the outputs of H2 by.
+    `scale` (n, 192) multiplies the outputs of H2; it holds the dropout.
     """
     H1w, H1b, H2w, H2b, H3w, H3b, outw, outb = parameters
     activate = F.relu if config["activation"] == "relu" else torch.tanh
@@ -110,7 +110,10 @@ def measure_loss(parameters, images, targets, scale, config):
 
 
 def train_pass(parameters, optimizer, images, targets, scale, config, measure_loss=measure_loss):
-    """Present every digit once, in order, and take a step after each batch; parameters change in place."""
+    """Present every digit once, in order, and take a step after each batch; parameters change in place.
+
+    images (..., n, 1, 20, 20), targets (n, 10), scale (..., n, 192), where ... are replicas, if any.
+    """
     size = config["batch_size"]
     batches = zip(images.split(size, dim=-4), targets.split(size), scale.split(size, dim=-2))
     for batch, target, kept in batches:
@@ -120,7 +123,7 @@ def train_pass(parameters, optimizer, images, targets, scale, config, measure_lo
 
 
 def make_optimizer(parameters, config):
-    """What steps down the gradient; `train` sets the learning rate of each pass."""
+    """SGD or AdamW, as PyTorch has them; the replicas set the learning rate of each pass."""
     if config["optimizer"] == "sgd":
         return torch.optim.SGD(parameters, config["lr"])
     betas, decay = (config["beta1"], config["beta2"]), config["weight_decay"]
@@ -141,7 +144,7 @@ def shift(images, down, right, how):
 
 
 def init_parameters(seed, config):
-    """As in repro.py; but -1 is no target of logits, so that their biases start at 0."""
+    """The Parameters of repro.py, but the biases of logits start at 0, because their target is not -1."""
     bias = "target" if config["loss"] == "mse" else "zero"
     return repro.init_parameters(seed, {**repro.KARPATHY, "bias": bias})
 
@@ -153,28 +156,28 @@ def decayed_lr(config, number):
 
 
 def evaluate(outputs, labels, loss):
-    """The loss of outputs (n, 10) over a whole split, and how many digits are missed."""
+    """The mean loss of outputs (n, 10) over a whole split, and how many digits are missed."""
     misses = int((outputs.argmax(axis=1) != labels).sum())
     if loss == "mse":
         return float(np.square(outputs - repro.place_code(labels), dtype=np.float64).mean()), misses
-    with np.errstate(invalid="ignore"):  # infinite logits make a loss of nan, which is noticed
+    with np.errstate(invalid="ignore"):  # infinite logits give a NaN loss, which is noticed later
         shifted = outputs.astype(np.float64) - outputs.max(axis=1, keepdims=True)
     log_sums = np.log(np.exp(shifted).sum(axis=1))
     return float((log_sums - shifted[np.arange(len(labels)), labels]).mean()), misses
 
 
 def train(config, seeds, splits, engine, progress=lambda n: None, every_pass=True):
-    """Train a replica for each seed: seed -> its records, and the replicas.
+    """Train a replica for each seed, and return seed -> its records, and the replicas.
 
     `splits`: train and test, each images (n, 1, 20, 20) and labels (n,). `engine(seeds)` makes the replicas.
-    `progress(n)` hears of n presentations. Every pass is evaluated, or only the last.
+    `progress(n)` is called after every n presentations. Every pass is evaluated, or only the last.
     """
     replicas, records = engine(seeds), {seed: [] for seed in seeds}
     images, labels = splits["train"]
     targets = repro.place_code(labels) if config["loss"] == "mse" else np.eye(10, dtype=np.float32)[labels]
     for number in range(1, config["passes"] + 1):
         lr = decayed_lr(config, number)
-        for start in range(0, len(images), replicas.at_a_time):  # in parts, for the bar and for Ctrl-C
+        for start in range(0, len(images), replicas.at_a_time):  # in parts, so that the bar moves
             part = slice(start, start + replicas.at_a_time)
             try:
                 replicas.train_pass(images[part], targets[part], lr)
@@ -201,7 +204,7 @@ class TorchReplicas:
         self.at_a_time = max(1, min(1000, 2**14 // len(seeds)) // config["batch_size"]) * config["batch_size"]
         stacked = map(np.stack, zip(*(init_parameters(seed, config) for seed in seeds)))
         self.stacked = [self.tensor(array).requires_grad_() for array in stacked]  # (replicas, ...)
-        self.optimizer = make_optimizer(self.stacked, config)  # element by element, hence for each replica
+        self.optimizer = make_optimizer(self.stacked, config)  # elementwise, so one serves all replicas
         self.seeds, self.presentations = torch.tensor(seeds, device=device), 0
 
     def tensor(self, array):
@@ -209,7 +212,7 @@ class TorchReplicas:
 
     def measure_loss(self, stacked, images, targets, scale, config):
         """The sum of the replicas' losses, whose gradient is that of each for its own parameters."""
-        if len(self.seeds) == 1:  # the same, and twice as fast as a map over one
+        if len(self.seeds) == 1:  # the same result, twice as fast as vmap over one replica
             parameters = [parameter.squeeze(0) for parameter in stacked]
             return measure_loss(parameters, images.squeeze(0), targets, scale.squeeze(0), config)
         mapped = torch.func.vmap(functools.partial(measure_loss, config=config), in_dims=(0, 0, None, 0))
@@ -242,12 +245,12 @@ class TorchReplicas:
             return torch.cat([mapped(self.stacked, part) for part in parts], dim=1).cpu().numpy()
 
     def parameters(self):
-        """Parameters of arrays, for each replica."""
+        """The Parameters of each replica, as arrays."""
         return [Parameters(*own) for own in zip(*(each.detach().cpu().numpy() for each in self.stacked))]
 
 
 class CReplica:
-    """The same, faster: a single replica in C."""
+    """A single replica in C: the same methods, but faster."""
 
     def __init__(self, config, network, seeds):
         self.network, self.at_a_time = network, max(1, 1000 // config["batch_size"]) * config["batch_size"]
@@ -268,7 +271,7 @@ class CReplica:
 
 
 def pick_engine(name, device, config):
-    """What makes replicas for a list of seeds, `engine(seeds)`; those in C are for lists of one."""
+    """A function `engine(seeds)` that makes the replicas for a list of seeds; in C, of a single seed."""
     network = repro.compile_network(
         name,
         device,
@@ -286,7 +289,7 @@ def pick_engine(name, device, config):
 
 
 def engine_facts(engine, device):
-    """What run.json says of what trained."""
+    """What run.json says about the engine: its name and its device."""
     return {"engine": "c" if engine.func is CReplica else "torch", "device": device}
 
 
@@ -294,9 +297,10 @@ def engine_facts(engine, device):
 
 
 def run_change(change, args, changes, digits, splits):
-    """Train the seeds of a change and write its run, weights and figures: the Run."""
+    """Train the seeds of a change, write its run, weights and figures, and return the Run."""
     where = {key: value for key, value in digits.provenance.items() if key in ("data", "draw")}
     config = make_config(change, **where, train_size=args.train_size, **changes)
+    # The file is named by what differs from `usual`: by another lr, but not by the final_lr that it scales.
     usual = make_config(change, **where, **{key: changes[key] for key in ("lr",) if key in changes})
     usual = {**usual, "lr": make_config(change, **where)["lr"]}
     if args.smoke:
@@ -336,7 +340,7 @@ def title_of(config):
 
 
 def published_row(config):
-    """The row of reference/karpathy2022.toml that was published of exactly this config, or None."""
+    """The row of reference/karpathy2022.toml that was published for exactly this config, or None."""
     for row in utils.reference("karpathy2022").values():
         run = dict(row.get("run", {}))
         if run.pop("script", None) == "modern" and make_config(**run) == config:
@@ -345,7 +349,7 @@ def published_row(config):
 
 
 def confidences(outputs, loss):
-    """How sure each answer is: its softmax, or of squashed outputs (n, 10), (1 + the highest) / 2."""
+    """The confidence (n,) of the answers of outputs (n, 10): softmax, or for tanh (1 + the highest) / 2."""
     highest = outputs.max(axis=1)
     if loss == "mse":
         return (1 + highest) / 2
@@ -353,7 +357,7 @@ def confidences(outputs, loss):
 
 
 def plot(run, replicas, splits, seed):
-    """Learning curves of all seeds on file; of the first trained, misses (surest first) and kernels."""
+    """Plot learning curves of all seeds on file; misses (surest first) and kernels of the first trained."""
     from records import figures
 
     config, title, path = run.config, title_of(run.config), run.path.with_suffix("")
@@ -370,7 +374,7 @@ def plot(run, replicas, splits, seed):
 
 
 def plot_ladder(ladder):
-    """Test misses of all seeds after each change; published ones where all configs are the published ones."""
+    """Plot the test misses after each change, with the published ones if all configs are as published."""
     from records import figures
 
     misses = [[record["misses"] for record in run.final("test")] for run in ladder]
@@ -385,33 +389,33 @@ def plot_ladder(ladder):
 
 
 def parse_flags(argv):
-    """The flags, and the numbers of the config that they change."""
+    """The parsed flags, and the values of the config that they change: name -> value."""
     parser = utils.Parser("modern", __doc__)
     number = utils.number
     count, above0 = number(int, 1, 10**6), number(float, above=0, at_most=1e38)  # float32 ends there
     at_least0, share = number(float, at_least=0, at_most=1e38), number(float, at_least=0, below=1)
     size = number(int, 1, max(prepro.LARGEST.values()))
     flag = prepro.add_data_flags(parser).add_argument
-    text = f"digits to train on: mnist has 60,000 (default: {prepro.TRAIN_SIZE})"
+    text = f"how many digits to train on; mnist has 60,000 (default: {prepro.TRAIN_SIZE})"
     flag("--train-size", default=prepro.TRAIN_SIZE, type=size, help=text)
     flag = parser.add_argument_group("the changes, and what they set").add_argument
-    text = "how far to go: 0 1989, 1 softmax, 2 adamw, 3 shift, 4 dropout, or all (default: 4)"
+    text = "the last change to make: 0 1989, 1 softmax, 2 adamw, 3 shift, 4 dropout, or all (default: 4)"
     flag("--change", default="4", choices=(*map(str, range(len(CHANGES))), "all"), help=text)
     helps = {
         "passes": ("passes over the training digits", count),
         "lr": ("learning rate of the first pass", above0),
         "final-lr": ("learning rate of the last pass; another --lr scales it", at_least0),
-        "batch-size": ("digits to a step", count),
+        "batch-size": ("digits per step", count),
         "loss": ("mse of tanh outputs, or cross-entropy of logits", ("mse", "cross-entropy")),
-        "activation": ("of the hidden units", ("tanh", "relu")),
-        "optimizer": ("what steps down the gradient", ("sgd", "adamw")),
+        "activation": ("activation of the hidden units", ("tanh", "relu")),
+        "optimizer": ("the optimizer", ("sgd", "adamw")),
         "beta1": ("AdamW's decay of the mean gradient", share),
         "beta2": ("AdamW's decay of the mean squared gradient", share),
-        "epsilon": ("AdamW's", above0),
-        "weight-decay": ("AdamW's", at_least0),
+        "epsilon": ("AdamW's epsilon, in the denominator of its step", above0),
+        "weight-decay": ("AdamW's weight decay", at_least0),
         "shift": ("roll: digits wrap; pad: background moves in, as on usps", ("none", "roll", "pad")),
-        "shift-pixels": ("how far digits are shifted at most", number(int, 1, 15)),
-        "dropout": ("the share of H2's outputs that is dropped", share),
+        "shift-pixels": ("the largest shift in pixels, each way", number(int, 1, 15)),
+        "dropout": ("fraction of H2's outputs that is dropped", share),
     }
     for name, (text, kind) in helps.items():
         values = dict.fromkeys(str(make_config(c)[name.replace("-", "_")]) for c in range(len(CHANGES)))
@@ -419,13 +423,14 @@ def parse_flags(argv):
         default = f"by change: {', '.join(values)}" if len(values) > 1 else f"default: {min(values)}"
         flag(f"--{name}", help=f"{text} ({default})", **how)
     utils.add_run_flags(parser, utils.ROOT / "results" / "modern")
-    parser.add_argument("--figures", default=True, action=argparse.BooleanOptionalAction, help="draw figures")
+    text = "plot figures (default: --figures)"
+    parser.add_argument("--figures", default=True, action=argparse.BooleanOptionalAction, help=text)
     args = parser.parse_args(argv)
     return args, {name: getattr(args, name) for name in CHANGES[0] if getattr(args, name) is not None}
 
 
 def used(change, changes):
-    """Those of the changed numbers that decide a result: AdamW's only with AdamW, for example."""
+    """The changed values that decide the result: AdamW's only with AdamW, for example."""
     config, unused = make_config(change, **changes), set()
     if config["optimizer"] != "adamw":
         unused |= {"beta1", "beta2", "epsilon", "weight_decay"}

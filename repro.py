@@ -1,7 +1,7 @@
 """LeCun et al. 1989, "Backpropagation Applied to Handwritten Zip Code Recognition".
 
 A convolutional network of 9,760 parameters reads 16x16 digits. It sees 7,291 of them 23 times, one at a time,
-and is tested on 2,007 others. What the paper leaves open is settled by a preset:
+and is tested on 2,007 others. A preset settles what the paper leaves open:
 
     python repro.py                                     # as Karpathy did in 2022, on MNIST
     python repro.py --data usps --preset recovered      # fitted to the paper's numbers, on USPS
@@ -13,7 +13,7 @@ Expected last lines of `python repro.py` (MNIST, seed 1337; 5 s on two cores of 
     eval: split train. loss 3.823805e-03. error 0.60%. misses: 44
     eval: split test . loss 2.828367e-02. error 4.09%. misses: 82
 
-Records, log and figures go to results/repro/; `python compare.py` holds them against the published numbers
+Records, log and figures go to results/repro/; `python compare.py` compares them with the published numbers
 (`result` in reference/lecun1989.toml and `repro` in reference/karpathy2022.toml).
 """
 
@@ -41,7 +41,9 @@ torch, F = utils.Lazy("torch"), utils.Lazy("torch.nn.functional")
 
 
 class Parameters(NamedTuple):
-    """float32, arrays or tensors. Images are (n, 1, 20, 20): 16x16 pixels in [-1, 1], with a border of -1."""
+    """Weights and biases, float32, as arrays or tensors. Images are (n, 1, 20, 20): 16x16 pixels
+    in [-1, 1], with a border of two pixels of -1.
+    """
 
     H1w: Any  # (12, 1, 5, 5)  H1: 12 maps of 8x8 units, each reading 5x5 pixels, two pixels apart
     H1b: Any  # (12, 8, 8)
@@ -54,9 +56,9 @@ class Parameters(NamedTuple):
 
 
 def forward(parameters, images, activate, h2_scheme="blocks", beyond=-1.0):
-    """The outputs (n, 10) of the ten digits' units, for images (n, 1, 20, 20).
+    """The outputs (n, 10), one for each of the ten digits, for images (n, 1, 20, 20).
 
-    `beyond`: what H2 reads beyond the edges of H1's maps.
+    `activate` is the activation function; `beyond` is the value that H2 reads beyond the edges of H1's maps.
     """
     H1w, H1b, H2w, H2b, H3w, H3b, outw, outb = parameters
     x = activate(F.conv2d(images, H1w, stride=2) + H1b)  # (n, 12, 8, 8)
@@ -69,9 +71,9 @@ def forward(parameters, images, activate, h2_scheme="blocks", beyond=-1.0):
 
 
 def train_pass(parameters, images, targets, lr, activate, h2_scheme="blocks"):
-    """Present every digit once, in order, and take a step down the gradient after each; in place.
+    """Present every digit once, in order, and after each one take a step down the gradient, in place.
 
-    targets (n, 10); `lr` is a number, or for SDLM a tensor for each parameter.
+    images (n, 1, 20, 20), targets (n, 10). `lr` is a number, or for SDLM a list of one tensor per parameter.
     """
     for image, target in zip(images.split(1), targets.split(1)):
         outputs = forward(parameters, image, activate, h2_scheme)
@@ -86,13 +88,13 @@ def train_pass(parameters, images, targets, lr, activate, h2_scheme="blocks"):
 
 
 def place_code(labels, target=1.0):
-    """Targets (n, 10): +target for the digit, -target for the nine others."""
+    """Targets (n, 10) for labels (n,): +target for the digit, -target for the nine others."""
     return target * (2 * np.eye(10, dtype=np.float32)[labels] - 1)
 
 
 def init_parameters(seed, config):
-    """Random weights, as arrays; with Karpathy's preset the very ones of his reproduction."""
-    # The Mersenne Twister, of whose words PyTorch keeps the low 24 bits.
+    """The initial Parameters, as arrays; with the karpathy preset, exactly those of his reproduction."""
+    # This is PyTorch's Mersenne Twister, too; of each word, PyTorch keeps the low 24 bits.
     generator = np.random.RandomState(seed)
 
     def uniform(*shape, fan_in):
@@ -112,36 +114,36 @@ def init_parameters(seed, config):
         biases = [uniform(*shape, fan_in=fan_in) for shape, fan_in in zip(shapes, (25, 200, 192, 30))]
     else:
         biases = [np.zeros(shape, np.float32) for shape in shapes]
-    if config["bias"] == "target":  # nine in ten outputs are to be -target
+    if config["bias"] == "target":  # the target of nine outputs in ten
         biases[3][:] = -config["target"]
     parameters = Parameters(*(array for pair in zip(weights, biases) for array in pair))
     assert sum(parameter.size for parameter in parameters) == 9760
     units = [bias.size for bias in biases]
     assert sum(units) + 16 * 16 == 1256  # the paper counts pixels as units
     connections = [n * (fan_in + 1) for n, fan_in in zip(units, (25, 25 * 8, 192, 30))]
-    assert sum(connections) == 64660  # one of each unit's is to its bias
+    assert sum(connections) == 64660  # each unit has one to its bias, too
     return parameters
 
 
 def evaluate(engine, parameters, images, labels, targets):
-    """Over a whole split: the mean squared error, how many digits are missed, and the outputs (n, 10)."""
+    """The mean squared error over a whole split, how many digits are missed, and the outputs (n, 10)."""
     outputs = engine.compute_outputs(parameters, images)
     loss = np.square(outputs - targets, dtype=np.float64).mean()
     return float(loss), int((outputs.argmax(axis=1) != labels).sum()), outputs
 
 
 def train(config, seed, splits, engine, progress=lambda n: None):
-    """Train a network: its records, two for each pass, and its parameters.
+    """Train a network, and return its records, two for each pass, and its parameters.
 
-    `splits`: train and test, each images (n, 1, 20, 20) and labels (n,). `progress(n)` hears of n
-    presentations.
+    `splits`: train and test, each images (n, 1, 20, 20) and labels (n,). `progress(n)` is called after every
+    n presentations.
     """
     parameters = init_parameters(seed, config)
     targets = {split: place_code(labels, config["target"]) for split, (_, labels) in splits.items()}
     images, records = splits["train"][0], []
     for number in range(1, config["passes"] + 1):
         lr = learning_rates(engine, parameters, images, config, seed, number)
-        for start in range(0, len(images), 1000):  # in parts, for the bar and for Ctrl-C
+        for start in range(0, len(images), 1000):  # in parts, so that the bar moves and Ctrl-C is noticed
             part = slice(start, start + 1000)
             try:
                 engine.train_pass(parameters, images[part], targets["train"][part], lr)
@@ -158,9 +160,9 @@ def train(config, seed, splits, engine, progress=lambda n: None):
     return records, parameters
 
 
-# The config: every number that decides the result. A preset is what it changes in Karpathy's reading.
+# The config holds every choice that decides the result. A preset lists where it differs from Karpathy's.
 
-KARPATHY = {  # assumptions, each of them; results/repro/README.md lists them
+KARPATHY = {  # each value is an assumption; results/repro/README.md lists them
     "activation": "tanh",
     "target": 1.0,
     "init": "sqrt-fan-in",
@@ -178,7 +180,7 @@ KARPATHY = {  # assumptions, each of them; results/repro/README.md lists them
 PRESETS = {
     "karpathy": {},
     # The paper as it is written. LeCun et al. 1998, appendices A and C, say which scaled tanh it was and how
-    # SDLM works; nobody says what its eta and mu were: studies/recover_1989.py chose them.
+    # SDLM works. No source gives its eta and mu, so studies/recover_1989.py chose them.
     "literal": {
         "activation": "scaled",
         "init": "fan-in",
@@ -200,7 +202,7 @@ PRESETS = {
 
 
 def make_config(preset="karpathy", data="mnist", draw=None, **changes):
-    """The full config of a preset on the digits `data`, with some numbers changed."""
+    """The full config of a preset on the digits `data`, with `changes` (name=value) applied."""
     where = {"data": data, "draw": draw or prepro.DRAWS[0]} if data == "mnist" else {"data": data}
     return {**where, **KARPATHY, **PRESETS[preset], **changes}
 
@@ -208,7 +210,7 @@ def make_config(preset="karpathy", data="mnist", draw=None, **changes):
 def make_h2_schemes():
     """name -> which 8 of the 12 maps of H1 each group of H2's maps reads; groups are of equal size.
 
-    assumption, all of them: the paper has "a scheme that will not be described here".
+    assumption: all of them, as the paper says only that it is "a scheme that will not be described here".
     """
     halves, random = (range(6), range(6, 12)), np.random.RandomState(1989)
     return {
@@ -228,19 +230,19 @@ H2_SCHEMES = make_h2_schemes()
 
 @functools.cache
 def contiguous_slices(groups):
-    """The maps that all groups read, in turn, as slices [(first, last + 1), ...], which are copied faster."""
+    """The maps that all groups read, in turn, as slices [(first, last + 1), ...]: they are copied faster."""
     maps = [m for group in groups for m in group]
     starts = [i for i, m in enumerate(maps) if i == 0 or m != maps[i - 1] + 1]
     return [(maps[i], maps[j - 1] + 1) for i, j in zip(starts, [*starts[1:], len(maps)])]
 
 
 def squash(x, activation):
-    """tanh; or the authors' of 1998 (appendix A), which is 1 at 1 and has its largest curvature there."""
+    """tanh, or the scaled tanh of LeCun et al. 1998 (appendix A): it is 1 at 1, where it curves most."""
     return 1.7159 * torch.tanh(2 / 3 * x) if activation == "scaled" else torch.tanh(x)
 
 
 def add_border(images):
-    """Images (n, 16, 16) with a border of two: (n, 1, 20, 20). Beyond its edges, an image reads -1."""
+    """Images (n, 16, 16) with a border of two pixels of -1, which is the background: (n, 1, 20, 20)."""
     return np.pad(images[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)), constant_values=-1)
 
 
@@ -248,18 +250,18 @@ def add_border(images):
 
 
 def learning_rates(engine, parameters, images, config, seed, number):
-    """For pass `number`: the rate of SGD, or for SDLM eta / (mu + curvature) for each parameter."""
+    """The learning rate of pass `number`: a number for SGD, eight arrays eta / (mu + curvature) for SDLM."""
     if config["optimizer"] == "sgd":
         return config["lr"]
     chosen = np.random.default_rng((seed, number)).permutation(len(images))[: config["sample"]]
     diagonal = engine.measure_curvature(parameters, images[chosen])
-    with np.errstate(over="ignore"):  # an infinite rate shows in the weights
+    with np.errstate(over="ignore"):  # an infinite rate is noticed later, in the weights
         eta, mu = np.float32(config["eta"]), np.float32(config["mu"])
         return [eta / (mu + curvature) for curvature in diagonal]
 
 
 def measure_curvature(parameters, images, activate, h2_scheme="blocks"):
-    """How the loss curves along each parameter on images (n, 1, 20, 20): eight tensors, none negative.
+    """The curvature of the mean loss of images (n, 1, 20, 20) along each parameter: eight tensors, all >= 0.
 
     This is the paper's "positive, diagonal approximation": second derivatives go back through the layers,
     d2E/da_i2 = f'(a_i)^2 sum_k w_ki^2 d2E/da_k2, without the terms of f'' and those off the diagonal, and are
@@ -282,15 +284,15 @@ def measure_curvature(parameters, images, activate, h2_scheme="blocks"):
     forward([parameter.detach() for parameter in parameters], images, remember, h2_scheme)
     squares = [parameter.detach().square().requires_grad_() for parameter in parameters]
     outputs = forward(squares, images.square(), squared, h2_scheme, beyond=1.0)
-    second_derivative = 2 / 10  # of the mean of ten squares, by any output
+    second_derivative = 2 / 10  # of the mean of ten squares, with respect to each output
     return torch.autograd.grad(second_derivative * outputs.sum() / len(images), squares)
 
 
-# The same on arrays: the torch engine, which defines what is right, and the C engine, which is fast.
+# Two engines compute the same on arrays: PyTorch, which is the definition, and C, which is fast.
 
 
 class TorchEngine:
-    """The functions above, of arrays, on any device. kernels/convnet1989.py has the same methods in C."""
+    """The functions above, for arrays, on any device. kernels/convnet1989.py has the same methods in C."""
 
     def __init__(self, config, device="cpu"):
         self.device, self.h2_scheme = device, config["h2_scheme"]
@@ -319,11 +321,11 @@ class TorchEngine:
 
 
 def prepare_torch(device):
-    """Settings under which PyTorch is fastest on one digit at a time, and gives the same bits each time."""
+    """Set PyTorch to be fastest on one digit at a time, and to give the same bits each time."""
     utils.require_device(device)
-    torch.set_num_threads(1)  # a digit is too little work to divide
-    torch.backends.mkldnn.enabled = False  # oneDNN takes twice as long over it
-    torch.backends.cuda.matmul.allow_tf32 = False  # float32 proper
+    torch.set_num_threads(1)  # one digit is too little work to share
+    torch.backends.mkldnn.enabled = False  # oneDNN takes twice as long for one digit
+    torch.backends.cuda.matmul.allow_tf32 = False  # full float32 precision
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
 
@@ -343,20 +345,20 @@ def pick_engine(name, device, config):
 
 @functools.cache
 def notice(sentence):
-    """Say it on stderr, once."""
+    """Print a sentence on stderr, the first time only."""
     print(sentence, file=sys.stderr)
 
 
 def compile_network(engine, device, **variant):
-    """The C engine's network, or None where PyTorch is to train."""
+    """The network in C, or None if PyTorch is to train it."""
     if engine == "c" and device != "cpu":
-        raise utils.BadRequest(f"--engine c computes on a CPU alone; leave it out with --device {device}")
+        raise utils.BadRequest(f"--engine c computes on a CPU only: leave it out with --device {device}")
     if engine != "torch" and device == "cpu":
         try:
             return Convnet1989(**variant)
         except build.Unavailable as error:
             if engine == "c":
-                raise utils.BadRequest(f"--engine c: {error}; --engine torch does without") from error
+                raise utils.BadRequest(f"--engine c: {error}; use --engine torch instead") from error
             notice(f"No C engine: {error}. PyTorch trains instead, and takes a hundred times as long.")
     return None
 
@@ -365,7 +367,10 @@ def compile_network(engine, device, **variant):
 
 
 def rejection_curve(outputs, labels):
-    """Rejected (n,) and error among the accepted (n,), in percent, with n down to 1 digits accepted."""
+    """The digits rejected (n,) and the error among those accepted (n,), in percent, of outputs (n, 10).
+
+    The entries are for n, n - 1, ... 1 accepted digits; the least certain digits are rejected first.
+    """
     second, first = np.sort(outputs, axis=1)[:, -2:].T
     surest = np.argsort(second - first, kind="stable")
     wrong = np.cumsum(outputs.argmax(axis=1)[surest] != labels[surest])
@@ -374,14 +379,14 @@ def rejection_curve(outputs, labels):
 
 
 def rejected_for(error, outputs, labels):
-    """How many percent have to be rejected for this error, in percent, among the rest."""
+    """The fewest digits to reject for at most this error among the rest; both in percent."""
     rejected, errors = rejection_curve(outputs, labels)
     enough = np.flatnonzero(errors <= error)
     return float(rejected[enough[0]]) if len(enough) else 100.0
 
 
 def errors_when_rejecting(outputs, labels, percents=range(31)):
-    """The error of the accepted, in percent, when 0, 1, ... 30 percent are rejected."""
+    """The errors among the accepted digits, in percent, when 0, 1, ... 30 percent are rejected."""
     rejected, errors = rejection_curve(outputs, labels)
     return [round(float(errors[np.searchsorted(rejected, percent)]), 4) for percent in percents]
 
@@ -390,7 +395,7 @@ def errors_when_rejecting(outputs, labels, percents=range(31)):
 
 
 def border_splits(digits, n=None):
-    """split -> images with their border and labels, of prepro's Digits; the first n of each."""
+    """split -> images with their border, and labels, of prepro's Digits: all, or the first n of each."""
     return {
         "train": (add_border(digits.train_images[:n]), digits.train_labels[:n]),
         "test": (add_border(digits.test_images[:n]), digits.test_labels[:n]),
@@ -398,7 +403,7 @@ def border_splits(digits, n=None):
 
 
 def shuffled(n):
-    """The one shuffle of n digits that `--order shuffled` means."""
+    """The fixed order (n,) in which `--order shuffled` presents n digits."""
     return np.random.RandomState(1989).permutation(n)
 
 
@@ -409,7 +414,7 @@ def title_of(config, preset):
 
 
 def plot(run, parameters, engine, splits, title, seed):
-    """Learning curves and rejections of all seeds on file; misses and kernels of the first one trained."""
+    """Plot learning curves and rejections of all seeds on file; misses and kernels of the first trained."""
     from records import figures
 
     paper = utils.reference("lecun1989") if run.config["data"] == "usps" else None
@@ -427,27 +432,29 @@ def plot(run, parameters, engine, splits, title, seed):
 
 
 def parse_flags(argv):
-    """The flags, and the numbers of the config that they change."""
+    """The parsed flags, and the values of the config that they change: name -> value."""
     parser = utils.Parser("repro", __doc__)
     count = utils.number(int, at_least=1, at_most=10**6)
     rate = utils.number(float, above=0, at_most=1e38)  # float32 ends there
     prepro.add_data_flags(parser)
     group = parser.add_argument_group("what the paper leaves open (defaults: those of the preset)")
     flag = group.add_argument
-    flag("--preset", "--as", default="karpathy", choices=tuple(PRESETS), help="(default: karpathy)")
+    text = "which reading of the paper; the flags below change one choice each (default: karpathy)"
+    flag("--preset", "--as", default="karpathy", choices=tuple(PRESETS), help=text)
+    biases = "initial biases: zero, random like the weights, or zero but -target for the outputs"
     helps = {
         "activation": ("tanh, or scaled: 1.7159 tanh(2x/3)", ("tanh", "scaled")),
-        "target": ("the right output's target; the others' is its negative", rate),
-        "init": ("initial weights lie within gain / fan-in, or its root", ("fan-in", "sqrt-fan-in")),
-        "gain": ("how large initial weights may be", rate),
-        "bias": ("initial biases: 0, like weights, or -target", ("zero", "weights", "target")),
+        "target": ("target of the right digit's output; the others' is its negative", rate),
+        "init": ("initial weights: within gain / fan-in or gain / sqrt(fan-in)", ("fan-in", "sqrt-fan-in")),
+        "gain": ("the gain that --init names", rate),
+        "bias": (biases, ("zero", "weights", "target")),
         "h2-scheme": ("which 8 maps of H1 a map of H2 reads", tuple(H2_SCHEMES)),
-        "order": ("present the digits as stored, or shuffled once", ("stored", "shuffled")),
+        "order": ("present the digits as stored, or in one fixed shuffled order", ("stored", "shuffled")),
         "optimizer": ("SGD, or SDLM with a rate for each weight", ("sgd", "sdlm")),
         "lr": ("learning rate of SGD", rate),
         "eta": ("SDLM's rates are eta / (mu + curvature)", rate),
-        "mu": ("see --eta", rate),
-        "sample": ("digits that SDLM measures curvature on, before each pass", count),
+        "mu": ("limits SDLM's rates to eta / mu, see --eta", rate),
+        "sample": ("digits on which SDLM measures the curvature before each pass", count),
         "passes": ("passes over the training digits", count),
     }
     for name, (text, kind) in helps.items():
@@ -455,7 +462,8 @@ def parse_flags(argv):
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         flag(f"--{name}", help=f"{text} (by preset: {', '.join(values)})", **how)
     utils.add_run_flags(parser, utils.ROOT / "results" / "repro")
-    parser.add_argument("--figures", default=True, action=argparse.BooleanOptionalAction, help="draw figures")
+    text = "plot figures (default: --figures)"
+    parser.add_argument("--figures", default=True, action=argparse.BooleanOptionalAction, help=text)
     args = parser.parse_args(argv)
     changes = {name: getattr(args, name) for name in KARPATHY if getattr(args, name) is not None}
     optimizer = {**KARPATHY, **PRESETS[args.preset], **changes}["optimizer"]
@@ -484,7 +492,7 @@ def main(argv=None):
     facts = {"engine": "c" if isinstance(engine, Convnet1989) else "torch", "device": args.device}
     path = runs.path_of(args, words, config, preset, **facts)
     seeds, title = range(args.seed, args.seed + args.seeds), title_of(config, args.preset)
-    if args.figures:  # matplotlib takes half a second, in which C can train
+    if args.figures:  # matplotlib takes half a second to import, and C trains meanwhile
         threading.Thread(target=importlib.import_module, args=["records.figures"]).start()
     with runs.open_run(path, "repro", config, digits.sha256(), log=True, threads=threads, **facts) as run:
 

@@ -1,4 +1,4 @@
-"""What every script shares: exit statuses, flags, files that appear whole, runs, and work in parallel."""
+"""What every script shares: exit statuses, lazy imports, flags, and files written whole or not at all."""
 
 import argparse
 import contextlib
@@ -41,16 +41,19 @@ class Stopped(BaseException):
 
 
 def exit_status(main):
-    """Make `main(argv=None)` return 0, or print a sentence and return 1 (failed), 2 (bad request) or 130."""
+    """Make `main(argv=None)` return an exit status: 0, or after an error 1, 2 or 128 + a signal's number.
+
+    A failed run (1), a bad request (2), Ctrl-C (130) and SIGTERM (143) print one sentence on stderr.
+    """
 
     @functools.wraps(main)
     def wrapper(argv=None):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")  # a terminal that knows ASCII only shows question marks
+                stream.reconfigure(errors="replace")  # an ASCII-only terminal shows question marks
         try:
             status = main(argv) or 0
-            print(end="", flush=True)  # a full disk shows here at the latest
+            print(end="", flush=True)  # a full disk is noticed here at the latest
             return status
         except (BadRequest, RunFailed, Stopped) as error:
             sentence, status = f"{error}", error.status
@@ -80,14 +83,14 @@ def exit_status(main):
 def _quiet_interrupt(kind, error, traceback, usual=sys.excepthook):
     if not issubclass(kind, KeyboardInterrupt):
         return usual(kind, error, traceback)
-    print("interrupted.", file=sys.stderr)  # while modules were imported
+    print("interrupted.", file=sys.stderr)  # Ctrl-C while modules were being imported
 
 
 sys.excepthook = _quiet_interrupt
 
 
 class Lazy:
-    """A module that is imported when first used: PyTorch takes two seconds, and the C engine needs none."""
+    """A module that is imported when first used: PyTorch takes two seconds, and C does not need it."""
 
     def __init__(self, name):
         self._name = name
@@ -143,17 +146,17 @@ def add_run_flags(parser, results, seed=1337, seeds=1):
     flag = parser.add_argument_group("run").add_argument
     flag("--seed", default=seed, type=whole(at_least=0, at_most=2**31), help=f"first seed (default: {seed})")
     flag("--seeds", default=seeds, type=whole(1, 10**6), help=f"how many seeds (default: {seeds})")
-    flag("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="where to compute (default: cpu)")
+    flag("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="where to train (default: cpu)")
     flag(
         "--engine", default="auto", choices=("auto", "c", "torch"),
-        help="what trains; auto is C on a CPU where it can be compiled, else PyTorch (default: auto)",
+        help="which code trains; auto: C on a CPU if it can be compiled, else PyTorch (default: auto)",
     )  # fmt: skip
-    flag("--threads", default=cores(), type=whole(1, 1024), help=f"threads to use (default: {cores()})")
-    flag("--smoke", action="store_true", help="a tiny run that goes through every step, in seconds")
+    flag("--threads", default=cores(), type=whole(1, 1024), help=f"threads (default: all cores, {cores()})")
+    flag("--smoke", action="store_true", help="run every step in seconds, on a few digits, to test the code")
     flag = parser.add_argument_group("output").add_argument
     where = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results
-    flag("--out", metavar="DIR", default=results, type=folder, help=f"folder of the run (default: {where})")
-    flag("--quiet", action="store_true", help="no progress bars")
+    flag("--out", metavar="DIR", default=results, type=folder, help=f"folder of results (default: {where})")
+    flag("--quiet", action="store_true", help="print less, and show no progress bars")
 
 
 def cores():
@@ -205,7 +208,7 @@ def reference(name):
 
 @functools.cache
 def environment():
-    """What may change a result beside config and seed: the code's commit, versions, the machine."""
+    """What may change a result besides config and seed: the code's commit, versions, the machine."""
 
     def git(*words):
         with contextlib.suppress(OSError):  # there may be no git

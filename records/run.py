@@ -1,4 +1,4 @@
-"""A run is one file of records: `<name>.jsonl`, with a run.json that says who trained each seed.
+"""A run is one file of records: `<name>.jsonl`; its run.json says how each seed was trained.
 
     <name>.jsonl     first the config and the data's SHA-256, then the records of every seed, one a line;
                      nothing in it depends on the clock or the machine
@@ -6,7 +6,7 @@
     <name>.run.json  commit, versions, hardware, engine, seconds and command, for each seed
 
 A record is a dict with at least `seed` and `split`. A seed is written as soon as it has finished, and files
-appear whole or not at all, so whatever ends a run, its finished seeds are kept.
+appear whole or not at all: whatever ends a run, its finished seeds are kept.
 """
 
 import contextlib
@@ -50,17 +50,17 @@ class Run:
         return [own[-1] for own in found if own]
 
     def require(self, script, config, data_sha256):
-        """BadRequest unless this is a run of that config on that data."""
+        """Raise BadRequest unless this is a run of that script and config on that data."""
         wanted = {"script": script, "config": _plain(config), "data": data_sha256}
         held = {"script": self.script, "config": self.config, "data": self.data_sha256}
         for what in wanted:
             if wanted[what] != held[what]:
-                raise utils.BadRequest(f"{self.path} is of another {what}: delete it, or use --out")
+                raise utils.BadRequest(f"{self.path} was made with another {what}: delete it, or use --out")
 
     def add(self, results, seconds):
-        """Put finished seeds, `results`: seed -> records, in the place of their old records, and write.
+        """Put finished seeds (seed -> records) in the place of their old records, and write the files.
 
-        `seconds` is what they took together, training and evaluation.
+        `seconds` is the time that they took together, for training and evaluation.
         """
         with self._lock:
             for seed, records in results.items():
@@ -89,12 +89,12 @@ class Run:
 
 
 def _plain(value):
-    """As JSON gives it back: lists for tuples, floats for NumPy's."""
+    """The value as JSON gives it back: with lists for tuples, and floats for NumPy's."""
     return json.loads(json.dumps(value, allow_nan=False, default=float))
 
 
 def read_run(path):
-    """The Run in a .jsonl file. BadRequest where it does not hold what its header claims, or nonsense."""
+    """The Run in a .jsonl file. Raises BadRequest if its records are impossible or not as its header says."""
     path = reading = Path(path)
     try:
         header, *records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
@@ -115,27 +115,27 @@ def read_run(path):
 
 
 def _check(record):
-    """ValueError unless the numbers of a record can be true."""
+    """Raise ValueError, or TypeError, if the numbers of a record are impossible."""
     if not isinstance(record["seed"], int) or not isinstance(record.get("split", ""), str):
-        raise ValueError(f"no record: {record}")
+        raise ValueError(f"this is not a record: {record}")
     for key in ("loss", "error", "rejected"):
-        if not math.isfinite(record.get(key, 0)):  # TypeError where it is a word
-            raise ValueError(f"a {key} that is not a number: {record}")
+        if not math.isfinite(record.get(key, 0)):  # TypeError for a string
+            raise ValueError(f"the {key} is not a finite number: {record}")
     if "misses" in record:
         misses, n = record["misses"], record["n"]
         if not 0 <= misses <= n or n == 0 or abs(record["error"] - 100 * misses / n) > 1e-9:
-            raise ValueError(f"misses and error that cannot be: {record}")
+            raise ValueError(f"the misses and the error do not fit together: {record}")
 
 
 def evaluation(passes, split, loss, misses, n):
-    """The record of a split after a pass; RunFailed if the loss is not finite. `error` is in percent."""
+    """The record of a split after a pass, error in percent. Raises RunFailed if the loss is not finite."""
     if not math.isfinite(loss):
         raise utils.RunFailed(f"the {split} loss is {loss} after pass {passes}: training diverged")
     return {"pass": passes, "split": split, "loss": loss, "error": 100 * misses / n, "misses": misses, "n": n}
 
 
 def eval_line(split, loss, error, misses, **_):
-    """An evaluation (error in percent) in the form that the field knows from Karpathy's reproduction."""
+    """An evaluation (error in percent) in the format of Karpathy's reproduction."""
     return f"eval: split {split:5s}. loss {loss:e}. error {error:.2f}%. misses: {misses}"
 
 
@@ -153,11 +153,11 @@ def eval_log(records):
 def open_run(path, script, config, data_sha256, log=False, **facts):
     """Yield the Run at `path` (a .jsonl file) to add seeds to; what it holds already is kept.
 
-    `facts` (engine, threads, ...) go to run.json. BadRequest where another process writes to the same run,
-    or where it holds another config or other data.
+    `facts` (engine, threads, ...) go to run.json. Raises BadRequest if another process is writing the same
+    run, or if the file holds another config or other data.
     """
     path = Path(path)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))  # dies with its process; the empty file stays
+    lock = FileLock(path.with_name(f".{path.name}.lock"))  # ends with its process; the empty file stays
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -170,7 +170,7 @@ def open_run(path, script, config, data_sha256, log=False, **facts):
     try:
         for suffix in (".jsonl", ".log", ".run.json"):
             for left in path.parent.glob(f".{glob.escape(path.with_suffix(suffix).name)}.*.tmp"):
-                left.unlink(missing_ok=True)  # by a process that was killed while it wrote
+                left.unlink(missing_ok=True)  # left by a process that was killed while it wrote
         run = read_run(path) if path.exists() else Run(path, script, config, data_sha256)
         run.require(script, config, data_sha256)
         started = time.time()
@@ -206,13 +206,13 @@ def path_of(args, words, config, preset, engine="c", device="cpu"):
     words = [*words, *(f"{key.replace('_', '-')}{value}" for key, value in changed.items())]
     words += [device] if device != "cpu" else ["torch"] if engine == "torch" else []
     folder, results = args.out, utils.ROOT / "results"
-    if args.smoke and folder.parent == results:  # so that no page ever shows one
+    if args.smoke and folder.parent == results:  # so that no page ever shows a smoke run
         folder = results / "smoke" / folder.name
     return folder / f"{'-'.join(words)}.jsonl"
 
 
 def report(run, seeds, quiet):
-    """Print where the files are, and the eval lines: of one seed all, of several the last and a summary."""
+    """Print where the files are, and eval lines: all of one seed, or the last of several and a summary."""
     if not quiet:
         print(f"files: {run.path.with_suffix('')}.*\n")
         for seed in seeds:
@@ -231,11 +231,11 @@ def report(run, seeds, quiet):
             print(f"{split:5s} {quantity:6s} {spread} ({min(values):{form}} to {max(values):{form}})")
 
 
-def train_seeds(run, seeds, train, threads, total, quiet, unit="digit"):
-    """Call `train(seed, progress)` for each seed, `threads` at a time, and keep each when it has finished.
+def train_seeds(run, seeds, train, threads, total, quiet):
+    """Call `train(seed, progress)` for each seed, `threads` at a time, and write each as soon as it is done.
 
-    `train` returns the seed's records and whatever else the caller wants: all of it is returned, in the
-    order of seeds.
+    `train` returns the seed's records and whatever else the caller wants. What it returned for each seed is
+    returned, in the order of seeds; `total` is the number of presentations, for the progress bar.
     """
 
     def job(seed, progress):
@@ -244,16 +244,16 @@ def train_seeds(run, seeds, train, threads, total, quiet, unit="digit"):
         run.add({seed: result[0]}, time.perf_counter() - started)
         return result
 
-    return in_parallel(job, seeds, threads, total, quiet, unit)
+    return in_parallel(job, seeds, threads, total, quiet)
 
 
 def in_parallel(function, jobs, threads, total, quiet, unit="digit"):
-    """`function(job, progress)` for each job, `threads` at a time: the results, in the order of jobs.
+    """Call `function(job, progress)` for each job, `threads` at a time; return the results in order of jobs.
 
     A job calls `progress(n)` now and then: it moves a bar of `total` units on by n, and raises utils.Stopped
     when Ctrl-C or SIGTERM was received or another job has failed. `progress(n, name)` names the bar, too.
     """
-    stopped, received = [], []  # no Event: a second signal would wait for the lock that the first one holds
+    stopped, received = [], []  # lists: an Event has a lock, on which a second signal would hang
     bar = tqdm(total=total, unit=unit, unit_scale=True, disable=quiet or None)
 
     def progress(n, name=None):
@@ -276,14 +276,14 @@ def in_parallel(function, jobs, threads, total, quiet, unit="digit"):
         failed = [each.exception() for each in running if not each.cancelled() and each.exception()]
         for error in sorted(failed, key=lambda error: isinstance(error, utils.Stopped)):
             raise error
-        if received:  # when the last job had finished
+        if received:  # after the last job had finished
             raise utils.Stopped(received[0])
         return [each.result() for each in running]
 
 
 @contextlib.contextmanager
 def _signals_kept(received):
-    """Let Ctrl-C and SIGTERM only be added to `received`, so that jobs stop between two steps."""
+    """Have Ctrl-C and SIGTERM only append to `received`, so that jobs stop between two steps."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

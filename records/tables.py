@@ -1,4 +1,4 @@
-"""Tables and pages of runs: what was measured, in Markdown, beside what is published."""
+"""Markdown tables of runs, with the measured numbers beside the published ones, and their statistics."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ def read_runs(folder):
 
 
 def mean_sd(values, form=".2f", unit=""):
-    """`mean ± standard deviation` of the values, the latter where there are at least two."""
+    """The text `mean ± standard deviation` of the values; a single value has no standard deviation."""
     sd = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{form}}{unit}{sd}"
 
@@ -52,7 +52,10 @@ def prediction_interval(values, probability=0.95):
 
 
 def mean_interval(values, sd, n, probability=0.95):
-    """Where the mean of n others, of standard deviation sd, falls if they are like ours (Welch's t)."""
+    """Where the mean of n other values, of standard deviation sd, falls if the true means are equal.
+
+    By Welch's t: (low, high).
+    """
     own, other = statistics.variance(values) / len(values), sd**2 / n
     degrees = (own + other) ** 2 / (own**2 / (len(values) - 1) + other**2 / (n - 1))
     reach = student_t((1 + probability) / 2, degrees) * math.sqrt(own + other)
@@ -60,13 +63,13 @@ def mean_interval(values, sd, n, probability=0.95):
 
 
 def sign_test(successes, n):
-    """How probable so many of n, or a number as far from half, are by tossing a coin (two-sided, exact)."""
+    """The p-value of the two-sided, exact sign test: a fair coin, n tosses, so many successes."""
     tail = sum(math.comb(n, k) for k in range(min(successes, n - successes) + 1))
     return min(1.0, 2 * tail / 2**n)
 
 
 def markdown_table(head, rows, left=1):
-    """A Markdown table; all columns but the first `left` are aligned to the right, as numbers are."""
+    """A Markdown table; the first `left` columns are aligned to the left, the others to the right."""
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * left + "---:|" * (len(head) - left)]
     return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
 
@@ -74,7 +77,7 @@ def markdown_table(head, rows, left=1):
 def fill(page, tables):
     """The text `page` with each table (name -> Markdown) between its two markers.
 
-    ValueError where the page has no place for one of them.
+    Raises ValueError if the page has no place for one of them.
     """
     for name, text in tables.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"

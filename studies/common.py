@@ -1,4 +1,4 @@
-"""What the studies share: flags, training what is not on disk yet, and choosing by validation examples."""
+"""What the studies share: flags, training what is not on disk yet, and choosing on validation examples."""
 
 import contextlib
 import hashlib
@@ -11,17 +11,17 @@ from records import run as runs
 
 
 def study_flags(name, doc, seed=0, seeds=5):
-    """The flags of the study `name`, ready for flags of its own."""
+    """A parser with the flags that all studies have; the study `name` adds its own."""
     parser = utils.Parser(name, doc)
     flag = parser.add_argument_group("data").add_argument
     flag("--data-root", metavar="DIR", type=utils.folder, help=prepro.DATA_ROOT_HELP)
     utils.add_run_flags(parser, utils.ROOT / "results" / name, seed, seeds)
-    parser.add_argument("--again", action="store_true", help="train what is on disk already anew")
+    parser.add_argument("--again", action="store_true", help="train seeds again that are on disk already")
     return parser
 
 
 def parse(parser, argv=None):
-    """The flags; `--smoke` runs go to results/smoke/, so that no page ever shows one."""
+    """The parsed flags; `--smoke` runs go to results/smoke/, so that no page ever shows one."""
     args = parser.parse_args(argv)
     if args.smoke and args.out == parser.get_default("out"):
         args.out = utils.ROOT / "results" / "smoke" / args.out.name
@@ -29,12 +29,13 @@ def parse(parser, argv=None):
 
 
 def run_configs(args, study, configs, train, data_sha256="", work=None, together=False, **facts):
-    """Train every config (name -> dict) on every seed, `args.threads` at a time: name -> Run, of all on disk.
+    """Train every config (name -> dict) on every seed, `args.threads` at a time; return name -> Run.
 
+    A Run has all seeds on disk. Seeds that are in `<args.out>/<name>.jsonl` are skipped, unless `args.again`.
     `train(config, seed, progress)` returns the records of a seed; with `together`, `train(config, seeds,
-    progress)` returns seed -> records for a whole list of seeds, which then are one job. Seeds that are in
-    `<args.out>/<name>.jsonl` are skipped unless `args.again`. `work(config)`: how many steps of the progress
-    bar a seed is, which `train` reports by `progress(n)`; without it, the bar counts seeds.
+    progress)` returns seed -> records for a whole list of seeds, which then are one job. `work(config)` is
+    the number of steps that a seed adds to the progress bar, and `train` reports n of them by `progress(n)`;
+    without it, the bar counts seeds.
     """
     seeds, opened = range(args.seed, args.seed + args.seeds), {}
     with contextlib.ExitStack() as stack:
@@ -81,8 +82,8 @@ def choose(config, misses_of, also=None):
     """The config with the best of the learning rates that `config["lr"]` lists, and of the values of `also`.
 
     The best has the fewest `misses_of(config)`; of equals, the lowest rate. For each value of the field
-    `also`, while the best rate is the lowest or the highest tried, the next one beyond is tried, too, at most
-    `config["lr_farther"]` times.
+    `also`: while the best rate is the lowest or the highest tried, the next one beyond it is tried, too, at
+    most `config["lr_farther"]` times.
     """
     misses = {}
     for value in config[also] if also else [None]:
@@ -99,7 +100,7 @@ def choose(config, misses_of, also=None):
 
 
 def choose_and_test(config, seeds, look, also=None):
-    """seed -> records: first `choose` by the networks of `config["choosing_seeds"]`, then test the best.
+    """`choose` with the networks of `config["choosing_seeds"]`, then test the best: seed -> records.
 
     `look(config, seed, split)` trains a network and returns its records of that split: `validation` while
     choosing, then `test`. The records of the choice are kept for the seeds that made it.

@@ -9,6 +9,7 @@ each map of H2 reads 4 instead of 8.
 
 All three networks are trained on USPS as `repro.py --preset recovered` trains the convolutional one, and
 nothing is tuned for them. What would refute the paper: a network that is not worse than the one with 12 maps.
+Training is always on a CPU, in C where it can be compiled: --device and --engine change nothing here.
 """
 
 import sys
@@ -32,7 +33,7 @@ SMOKE = {"passes": 1, "smoke_digits": 100}
 
 
 def squash(x):
-    """The units' outputs, and their slopes."""
+    """The outputs of units with weighted sums x, and their slopes; both have the shape of x."""
     y = np.tanh(x)
     return y, 1 - y * y
 
@@ -52,17 +53,17 @@ def init_fully_connected(seed, config):
 
 
 def curvature(W1, W2, images):
-    """As repro.measure_curvature: the diagonal of the Gauss-Newton matrix for both layers."""
+    """As repro.measure_curvature: the Gauss-Newton diagonal of both layers, for images (n, 257)."""
     hidden, slope1 = squash(images @ W1)
     hidden = np.pad(hidden, ((0, 0), (0, 1)), constant_values=1)
     _, slope2 = squash(hidden @ W2)
-    d2 = 0.2 * slope2**2
+    d2 = 0.2 * slope2**2  # the second derivative of the mean of ten squares is 2 / 10
     d1 = (d2 @ (W2[:40] ** 2).T) * slope1**2
     return [(inputs**2).T @ d / len(images) for inputs, d in ((images, d1), (hidden, d2))]
 
 
 def train_fully_connected(config, seed, splits, progress):
-    """split -> outputs (n, 10), after all passes over the digits, one at a time."""
+    """Train with SDLM, one digit at a time, and return split -> outputs (n, 10)."""
     flat = {split: images[:, 0, 2:-2, 2:-2].reshape(-1, 256) for split, (images, _) in splits.items()}
     flat = {split: np.pad(x, ((0, 0), (0, 1)), constant_values=1) for split, x in flat.items()}  # for biases
     images, targets = flat["train"], repro.place_code(splits["train"][1], config["target"])
@@ -82,13 +83,13 @@ def train_fully_connected(config, seed, splits, progress):
     return {split: squash(squash(x @ W1)[0] @ W2[:-1] + W2[-1])[0] for split, x in flat.items()}
 
 
-# Convolutional networks; with 6 maps, half of the network is 0 and has no learning rate
+# The convolutional networks. With 6 maps, the parameters of the other 6 are 0, and so are their rates.
 
 HALF = [0, 1, 4, 5, 8, 9]  # the maps of H1 and of H2 that are left; those of H2 then read 4
 
 
 def half_masks():
-    """1 where a parameter is used, eight arrays."""
+    """Parameters that are 1 where the network of 6 maps has a parameter, and else 0."""
     masks = repro.Parameters(*(np.zeros_like(array) for array in repro.init_parameters(0, USUAL)))
     reads = [maps for maps in repro.H2_SCHEMES["blocks"] for _ in range(4)]
     masks.H1w[HALF] = masks.H1b[HALF] = masks.H2b[HALF] = 1
@@ -100,7 +101,7 @@ def half_masks():
 
 
 def train_convolutional(config, seed, splits, progress):
-    """split -> outputs (n, 10)."""
+    """Train with SDLM in repro.py's engine, and return split -> outputs (n, 10)."""
     engine, parameters = repro.pick_engine("auto", "cpu", config), repro.init_parameters(seed, config)
     half = config["network"] == "6-maps"
     masks = half_masks() if half else [np.float32(1)] * 8
@@ -132,7 +133,7 @@ def train(config, seed, splits, progress):
 
 
 def tables(folder=PAGE.parent):
-    """The page's table, name -> Markdown: errors and rejections in percent."""
+    """The page's table (name -> Markdown) from the runs on disk: errors and rejections in percent."""
     row, lines = utils.reference("lecun1989")["fully-connected"], []
     for name, run in read_runs(folder).items():
         columns = ("train", "error"), ("test", "error"), ("test", "rejected")

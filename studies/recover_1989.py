@@ -7,8 +7,8 @@
 The paper reports the mean squared error and the misses on its 7,291 training and 2,007 test digits (`result`
 in reference/lecun1989.toml). It leaves open how the network was initialised, what its targets were, which of
 two conventions its error follows, and the rates of its optimiser. The search fits these choices to the four
-numbers, those of the test digits included; what it holds back are seeds, and nothing else. Its rules were
-written before it was first run, except where a step says otherwise:
+numbers, those of the test digits included; only seeds are held back. Its rules were written before it was
+first run, except where a step says otherwise:
 
 A config is scored by where the four published numbers fall in its distribution over seeds, each in standard
 deviations from its mean: the score is the largest of the four, and lower is better. Each config is scored
@@ -32,8 +32,9 @@ seeds 1000 to 1019. It was added after the search.
 
 What would have refuted USPS as the data: no config that passes on fresh seeds, or one on MNIST that does.
 The ranges of the grid come from 15 configs that were tried by hand on seeds 3000 to 3003 and not recorded.
-Every run is kept in results/recover_1989/<data>.jsonl and never done twice, so the search can be stopped and
-gone on with.
+Every run is kept in results/recover_1989/<data>.jsonl and never repeated, so the search can be stopped and
+resumed. The rules fix the seeds, and training is in C on a CPU where it can be compiled: --seed, --seeds,
+--again, --device and --engine change nothing here.
 """
 
 import itertools
@@ -85,7 +86,7 @@ SMOKE_GRID = {
 
 
 def make_grid(usual, choices):
-    """All combinations; biases are initialised as weights are, since the paper makes no difference."""
+    """All combinations of the choices; biases are initialised like weights: the paper names no difference."""
     configs = []
     for (activation, target), (init, gain), rates in itertools.product(*choices.values()):
         config = {**usual, "activation": activation, "target": target, "init": init, "gain": gain}
@@ -138,7 +139,7 @@ def is_literal(config):
 
 
 def flags_of(config):
-    """The command line of a config, as far as it differs from Karpathy's."""
+    """The flags of repro.py that turn Karpathy's config into this one."""
     unused = {"sgd": ("eta", "mu", "sample"), "sdlm": ("lr",)}[config["optimizer"]]
     changes = {name: value for name, value in config.items() if name not in unused}
     changes = {name: value for name, value in changes.items() if value != repro.KARPATHY.get(name, value)}
@@ -149,7 +150,7 @@ def flags_of(config):
 
 
 def train(config, seed, splits):
-    """The four numbers after the last pass, and the rejections for 1% error; `diverged` if there are none."""
+    """The four numbers after the last pass, and the percentage to reject for 1% error; or only `diverged`."""
     engine, parameters = repro.pick_engine("auto", "cpu", config), repro.init_parameters(seed, config)
     images, labels = splits["train"]
     if config["order"] == "shuffled":
@@ -170,7 +171,7 @@ def train(config, seed, splits):
 
 
 class Search:
-    """All runs so far, and what can be said of them. Without `splits`, nothing is trained."""
+    """All runs so far, and the steps of the search. Without `splits`, nothing is trained."""
 
     def __init__(self, run, budget, grid, splits=None, args=None):
         self.run, self.budget, self.grid = run, budget, grid
@@ -181,18 +182,18 @@ class Search:
                 self.found[json.dumps(record["changes"], sort_keys=True), seed] = record
 
     def key(self, config):
-        """A config by what it changes in the usual one."""
+        """The name of a config: what it changes in the usual one, as JSON."""
         changes = {name: value for name, value in config.items() if value != self.run.config[name]}
         return json.dumps(changes, sort_keys=True)
 
     def complete(self, configs, seeds, what):
-        """Do those runs that are missing, and keep them all."""
+        """Train the runs that are missing, and keep them all."""
         missing = [(self.key(config), config, seed) for config in configs for seed in seeds]
         missing = {(key, seed): config for key, config, seed in missing if (key, seed) not in self.found}
         if not missing:
             return
         if not self.splits:
-            raise utils.BadRequest(f"{self.run.path} lacks {len(missing)} runs: go on with the search")
+            raise utils.BadRequest(f"{self.run.path} lacks {len(missing)} runs: resume the search")
         print(f"{what}: {len(missing)} runs to do", flush=True)
 
         def job(job, progress):
@@ -212,26 +213,26 @@ class Search:
             self.write()
 
     def write(self):
-        """Keep all runs, in an order that does not depend on which ended first."""
+        """Write all runs, in an order that does not depend on which ended first."""
         by_seed = {}
         for (_, seed), record in sorted(self.found.items(), key=lambda item: item[0]):
             by_seed.setdefault(seed, []).append({k: v for k, v in record.items() if k != "seed"})
         self.run.add(by_seed, 0.0)
 
     def numbers(self, config, seeds):
-        """(n, 4): the four numbers; None where a seed has diverged."""
+        """The four numbers of n seeds (n, 4), or None if a seed has diverged."""
         found = [self.found[self.key(config), seed] for seed in seeds]
         if any("diverged" in own for own in found):
             return None
         return np.array([[own[name] for name in NUMBERS] for own in found])
 
     def best(self, configs, seeds, count):
-        """The configs of the lowest scores."""
+        """The `count` configs with the lowest scores, best first."""
         unique = {self.key(config): config for config in configs}.values()
         return sorted(unique, key=lambda config: score(self.numbers(config, seeds))[0])[:count]
 
     def search(self):
-        """Steps 1 to 3: all configs that have been run on the seeds of the search."""
+        """Steps 1 to 3: return all configs that have been run on the seeds of the search."""
         budget, grid = self.budget, make_grid(self.run.config, self.grid)
         self.complete(grid, budget["screen"], "1. the grid")
         searched = [config for config in grid if is_literal(config)]
@@ -250,7 +251,7 @@ class Search:
         return list({self.key(config): config for config in searched}.values())
 
     def finalists(self, searched):
-        """name -> config, of step 4."""
+        """Step 4: name -> config of the finalists."""
         seeds = self.budget["search"]
         (recovered,) = self.best(searched, seeds, 1)
         (literal,) = self.best(filter(is_literal, searched), seeds, 1)
@@ -262,7 +263,7 @@ class Search:
         return found
 
     def others(self, config):
-        """name -> config, of steps 5 and 6."""
+        """Steps 5 and 6: name -> config, with one open choice settled otherwise."""
         found, fresh = settled_otherwise(config), self.budget["fresh"]
         if config["optimizer"] == "sdlm":
             further = sgd_further(config)
@@ -276,17 +277,18 @@ class Search:
 
 
 def targets_of_search():
+    """The published numbers (4,), in the order of NUMBERS."""
     row = utils.reference("lecun1989")["result"]
     return np.array([published(row[name]) for name in NUMBERS])
 
 
 def under(numbers, convention):
-    """The numbers (n, 4), with the losses by a convention."""
+    """The numbers (n, 4), with both losses in this convention of the squared error."""
     return numbers * [CONVENTIONS[convention], 1, CONVENTIONS[convention], 1]
 
 
 def matched(numbers, convention):
-    """Which published numbers lie in the central 95% of numbers (n, 4)."""
+    """Which published numbers lie in the central 95% of numbers (n, 4): four booleans."""
     low, high = np.quantile(under(numbers, convention), (0.025, 0.975), axis=0)
     return (low <= targets_of_search()) & (targets_of_search() <= high)
 
@@ -297,7 +299,7 @@ def passes(numbers):
 
 
 def score(numbers):
-    """(the largest distance in standard deviations, its convention); infinite for what diverges."""
+    """(the largest distance in standard deviations, its convention); infinite if a seed has diverged."""
     if numbers is None:
         return math.inf, "mean"
     found = []
@@ -312,7 +314,7 @@ def score(numbers):
 
 
 def table(search, named, seeds):
-    """For each config, under its better convention, the four numbers beside the published ones."""
+    """The four numbers of each config, in its better convention, under the published ones, in Markdown."""
     paper = utils.reference("lecun1989")
     row, rejected = paper["result"], paper["rejection"]["rejected"]
     numbers = [f"{row[name]:.1e}" if "loss" in name else str(row[name]) for name in NUMBERS]
@@ -332,7 +334,7 @@ def table(search, named, seeds):
 
 
 def count_table(searches):
-    """For each search: how many configs pass, and how near the best one comes."""
+    """How many configs of each search pass, and how near the best one comes, in Markdown."""
     rows = []
     for name, search in searches.items():
         seeds, fresh, searched = search.budget["search"], search.budget["fresh"], search.search()
@@ -366,7 +368,7 @@ def tables(folder=PAGE.parent):
 
 
 def plot(search, named, path):
-    """The four numbers: train loss against train misses and test loss against test misses, a point a seed."""
+    """Plot losses against misses, on train and on test digits, with a point for each seed."""
     from records import figures
 
     figure, axes = figures.subplots(1, 2, figsize=(10, 4.5))
@@ -395,8 +397,9 @@ def plot(search, named, path):
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("recover_1989", __doc__)
-    parser.add_argument("--data", default="usps", choices=("usps", "mnist"), help="(default: usps)")
-    parser.add_argument("--control", action="store_true", help="the shorter search, which both sets have had")
+    flag = parser.add_argument
+    flag("--data", default="usps", choices=("usps", "mnist"), help="which digits (default: usps)")
+    flag("--control", action="store_true", help="run the control: a shorter search by the same rules")
     args = common.parse(parser, argv)
     digits = prepro.load("strokes" if args.smoke else args.data, data_root=args.data_root)
     splits = repro.border_splits(digits, 100 if args.smoke else None)
