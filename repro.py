@@ -307,6 +307,8 @@ class TorchEngine:
         train_pass(tensors, *self._tensors((images, targets)), lr, self.activate, self.h2_scheme)
         for array, tensor in zip(parameters, tensors):
             array[...] = tensor.detach().cpu()
+        if not all(np.isfinite(array).all() for array in parameters):
+            raise FloatingPointError("a parameter is no longer finite")
 
     def compute_outputs(self, parameters, images):
         with torch.no_grad():

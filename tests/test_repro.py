@@ -494,8 +494,9 @@ def test_help_shows_every_default(capsys):
 )
 @pytest.mark.quick
 def test_a_loss_that_is_not_finite(flags, word, tmp_path, capsys):
-    assert repro.main([*SMOKE, *flags, "--out", str(tmp_path)]) == 1
-    one_sentence(capsys.readouterr().err, "seed 1337, pass 1", word)
+    for engine in ("c", "torch"):
+        assert repro.main([*SMOKE, *flags, "--engine", engine, "--out", str(tmp_path)]) == 1
+        one_sentence(capsys.readouterr().err, "seed 1337, pass 1", word)
     assert not list(tmp_path.glob("*.jsonl"))
 
 
