@@ -494,10 +494,18 @@ def test_help_shows_every_default(capsys):
 )
 @pytest.mark.quick
 def test_a_loss_that_is_not_finite(flags, word, tmp_path, capsys):
-    for engine in ("c", "torch"):
-        assert repro.main([*SMOKE, *flags, "--engine", engine, "--out", str(tmp_path)]) == 1
-        one_sentence(capsys.readouterr().err, "seed 1337, pass 1", word)
+    assert repro.main([*SMOKE, *flags, "--engine", "c", "--out", str(tmp_path)]) == 1
+    one_sentence(capsys.readouterr().err, "seed 1337, pass 1", word)
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["torch", "c"])
+def test_both_engines_report_weights_that_are_not_finite(name):
+    p, (images, _, targets) = parameters(), digits(2)
+    p.H2w[3, 2, 1, 0] = np.nan
+    with pytest.raises(FloatingPointError):
+        engine_of(name).train_pass(p, images, targets, 0.03)
 
 
 def test_without_a_network_strokes_are_taken_loudly(tmp_path):
