@@ -20,6 +20,13 @@ def study_flags(name, doc, seed=0, seeds=5):
     return parser
 
 
+def refuse(parser, args, *names):
+    """BadRequest where a flag was given that changes nothing in this study."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise utils.BadRequest(f"--{name} changes nothing in this study: leave it out")
+
+
 def parse(parser, argv=None):
     """The parsed flags; `--smoke` runs go to results/smoke/, so that no page ever shows one."""
     args = parser.parse_args(argv)

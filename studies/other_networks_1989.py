@@ -9,7 +9,7 @@ each map of H2 reads 4 instead of 8.
 
 All three networks are trained on USPS as `repro.py --preset recovered` trains the convolutional one, and
 nothing is tuned for them. What would refute the paper: a network that is not worse than the one with 12 maps.
-Training is always on a CPU, in C where it can be compiled: --device and --engine change nothing here.
+Training is always on a CPU, in C where it can be compiled: --device and --engine are refused.
 """
 
 import sys
@@ -148,7 +148,9 @@ def tables(folder=PAGE.parent):
 
 @utils.exit_status
 def main(argv=None):
-    args = common.parse(common.study_flags("other_networks_1989", __doc__, seed=1000, seeds=20), argv)
+    parser = common.study_flags("other_networks_1989", __doc__, seed=1000, seeds=20)
+    args = common.parse(parser, argv)
+    common.refuse(parser, args, "device", "engine")
     digits = prepro.load("strokes" if args.smoke else "usps", data_root=args.data_root)
     splits = repro.border_splits(digits, SMOKE["smoke_digits"] if args.smoke else None)
     configs = {name: {**config, **SMOKE} if args.smoke else config for name, config in CONFIGS.items()}

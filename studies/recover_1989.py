@@ -34,7 +34,7 @@ What would have refuted USPS as the data: no config that passes on fresh seeds, 
 The ranges of the grid come from 15 configs that were tried by hand on seeds 3000 to 3003 and not recorded.
 Every run is kept in results/recover_1989/<data>.jsonl and never repeated, so the search can be stopped and
 resumed. The rules fix the seeds, and training is in C on a CPU where it can be compiled: --seed, --seeds,
---again, --device and --engine change nothing here.
+--again, --device and --engine are refused.
 """
 
 import itertools
@@ -401,6 +401,7 @@ def main(argv=None):
     flag("--data", default="usps", choices=("usps", "mnist"), help="which digits (default: usps)")
     flag("--control", action="store_true", help="run the control: a shorter search by the same rules")
     args = common.parse(parser, argv)
+    common.refuse(parser, args, "seed", "seeds", "again", "device", "engine")
     digits = prepro.load("strokes" if args.smoke else args.data, data_root=args.data_root)
     splits = repro.border_splits(digits, 100 if args.smoke else None)
     budget, grid = (CONTROL if args.control else BUDGET), GRID

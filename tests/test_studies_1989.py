@@ -194,3 +194,11 @@ def test_the_other_networks_are_trained_and_shown(tmp_path, capsys):
     assert "(published 8.1%)" in shown and shown.count("\n| ") == 3
     found = {name: runs.read_run(tmp_path / f"{name}.jsonl") for name in other_networks_1989.CONFIGS}
     assert all(sorted(run.records) == [1000, 1001] for run in found.values())
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("flags", [["--seed", "5"], ["--seeds", "2"], ["--again"], ["--engine", "torch"]])
+def test_flags_that_would_change_nothing_are_refused(flags, capsys):
+    assert recover_1989.main(["--smoke", *flags]) == 2
+    assert f"{flags[0]} changes nothing" in capsys.readouterr().err
+    assert other_networks_1989.main(["--smoke", "--engine", "torch"]) == 2
