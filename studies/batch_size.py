@@ -166,10 +166,7 @@ def main(argv=None):
         text = json.dumps(record | utils.environment(), indent=1)
         utils.write_file(args.out / "times.json", text + "\n")
     plot(args.out)
-    found = tables(args.out)
-    print(*found.values(), sep="\n\n")
-    if args.out == PAGE.parent:
-        t.write_tables(PAGE, found)
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import time
 import prepro
 import utils
 from records import run as runs
+from records.tables import write_tables
 
 
 def study_flags(name, doc, seed=0, seeds=5):
@@ -133,3 +134,10 @@ def load_whole_mnist(data_root=None):
         digest.update(images.numpy().tobytes() + labels.numpy().tobytes())
         splits[split] = images.flatten(1).float() / 255, labels
     return splits, digest.hexdigest()
+
+
+def show(args, page, found):
+    """Print a study's tables; put them into its page, too, where the runs are those beside the page."""
+    print(*found.values(), sep="\n\n")
+    if args.out == page.parent:
+        write_tables(page, found)

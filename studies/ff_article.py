@@ -25,7 +25,7 @@ import forward_forward as ff
 import utils
 from records import figures
 from records import run as runs
-from records.tables import markdown_table, mean_sd, read_runs, write_tables
+from records.tables import markdown_table, mean_sd, read_runs
 from studies import common
 
 PAGE = utils.ROOT / "results" / "ff_article" / "README.md"
@@ -339,10 +339,7 @@ def main(argv=None):
         engine=f"torch, and {engine_name} from momentum on", device=args.device,
     )  # fmt: skip
     plot(args.out)
-    found = tables(args.out)
-    print(*found.values(), sep="\n\n")
-    if args.out == PAGE.parent:
-        write_tables(PAGE, found)
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":

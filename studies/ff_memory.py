@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 import forward_forward as ff
 import utils
 from records import figures
-from records.tables import markdown_table, read_runs, write_tables
+from records.tables import markdown_table, read_runs
 from studies import common
 from studies.ff_sleep import learn
 from studies.ff_sweep import BASE, network_config
@@ -196,10 +196,7 @@ def main(argv=None):
         args, "ff_memory", {name: config}, functools.partial(measure, device=args.device), engine="torch"
     )
     plot(args.out, name)
-    found = tables(args.out)
-    print(*found.values(), sep="\n\n")
-    if args.out == PAGE.parent:
-        write_tables(PAGE, found)
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":

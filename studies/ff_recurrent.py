@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import forward_forward as ff
 import utils
-from records.tables import write_tables
+from studies import common
 from studies.ff_common import (
     USUAL,
     Network,
@@ -160,10 +160,7 @@ def tables(folder=PAGE.parent):
 @utils.exit_status
 def main(argv=None):
     args, _ = run("ff_recurrent", __doc__, CONFIGS, train, argv, prepare=ff.unit_rms)
-    found = tables(args.out)
-    print(*found.values(), sep="\n\n")
-    if args.out == PAGE.parent:
-        write_tables(PAGE, found)
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":

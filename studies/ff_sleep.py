@@ -21,7 +21,7 @@ import torch
 import forward_forward as ff
 import utils
 from records import figures
-from records.tables import markdown_table, read_runs, write_tables
+from records.tables import markdown_table, read_runs
 from studies import common, ff_sweep
 
 PAGE = utils.ROOT / "results" / "ff_sleep" / "README.md"
@@ -167,10 +167,7 @@ def main(argv=None):
         engine="torch",
     )
     plot(args.out)
-    found = tables(args.out)
-    print(*found.values(), sep="\n\n")
-    if args.out == PAGE.parent:
-        write_tables(PAGE, found)
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":

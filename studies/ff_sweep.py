@@ -26,7 +26,7 @@ import forward_forward as ff
 import utils
 from records import figures
 from records import run as runs
-from records.tables import markdown_table, mean_sd, read_runs, student_t, write_tables
+from records.tables import markdown_table, mean_sd, read_runs, student_t
 from studies import common
 
 PAGE = utils.ROOT / "results" / "ff_sweep" / "README.md"
@@ -272,10 +272,7 @@ def main(argv=None):
         own = {name: config for name, config in asked.items() if bool(config["activation"]) == units}
         common.run_configs(args, "ff_sweep", own, train_config, sha256, together=True, engine=used)
     plot(args.out)
-    found = tables(args.out)
-    print(*found.values(), sep="\n\n")
-    if args.out == PAGE.parent:
-        write_tables(PAGE, found)
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import forward_forward as ff
 import utils
 from records import figures
-from records.tables import markdown_table, mean_sd, read_runs, write_tables
+from records.tables import markdown_table, mean_sd, read_runs
 from studies import common, ff_sweep
 
 PAGE = utils.ROOT / "results" / "ff_time" / "README.md"
@@ -178,10 +178,7 @@ def main(argv=None):
         do = functools.partial(train, splits=splits, engine=engine)
         common.run_configs(args, "ff_time", {name: configs[name]}, do, sha256, together=True, engine=used)
     plot(args.out)
-    found = tables(args.out)
-    print(*found.values(), sep="\n\n")
-    if args.out == PAGE.parent:
-        write_tables(PAGE, found)
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":

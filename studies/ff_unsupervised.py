@@ -27,7 +27,7 @@ import torch
 import forward_forward as ff
 import utils
 from records import figures
-from records.tables import write_tables
+from studies import common
 from studies.ff_common import (
     USUAL,
     Network,
@@ -208,10 +208,7 @@ def main(argv=None):
     figures.save(
         plot_hybrids(splits["train"][0][:11].float().cpu(), HYBRID["blurs"]), args.out / "hybrids.png"
     )
-    found = tables(args.out)
-    print(*found.values(), sep="\n\n")
-    if args.out == PAGE.parent:
-        write_tables(PAGE, found)
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":

@@ -141,10 +141,7 @@ def main(argv=None):
         args.seeds = seeds if size * PASSES <= PRESENTATIONS else min(seeds, FEWER_SEEDS)
         run_size(args, data, size, smoke)
     plot(args.out)
-    found = tables(args.out)
-    print(*found.values(), sep="\n\n")
-    if args.out == PAGE.parent:
-        t.write_tables(PAGE, found)
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":

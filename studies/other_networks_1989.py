@@ -20,7 +20,7 @@ import prepro
 import repro
 import utils
 from records import run as runs
-from records.tables import markdown_table, mean_sd, read_runs, write_tables
+from records.tables import markdown_table, mean_sd, read_runs
 from studies import common
 
 PAGE = utils.ROOT / "results" / "other_networks_1989" / "README.md"
@@ -162,10 +162,7 @@ def main(argv=None):
         digits.sha256(),
         work=lambda config: config["passes"] * len(splits["train"][1]),
     )
-    found = tables(args.out)
-    print(*found.values(), sep="\n\n")
-    if args.out == PAGE.parent:
-        write_tables(PAGE, found)
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":
