@@ -21,14 +21,12 @@ import sys
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import mnist1d_gen
 import utils
 from records import figures
-from records import run as runs
 from records.tables import markdown_table, mean_sd, published, read_runs, student_t, write_tables
-from studies import common
+from studies import common, mnist1d
 
 ORDERS = "ordered", "shuffled"
 SMOKE = {"steps": 2, "evaluate_every": 2}
@@ -61,39 +59,7 @@ CONFIGS = {
 }
 
 
-# The models. All replicas of a model are computed at once, as batched matrix products: the first dimension of
-# every tensor is the replica and the last is the example. Each function takes parameters (replicas, ...) by
-# name and signals (replicas, 40, n), and returns logits (replicas, 10, n).
-
-
-def linear(p, name, x):
-    """A linear layer of x (replicas, inputs, n)."""
-    return torch.baddbmm(p[f"{name}_bias"], p[f"{name}_weight"], x)
-
-
-def logistic(p, x):
-    return linear(p, "out", x)
-
-
-def mlp(p, x):
-    h = linear(p, "hidden1", x).relu()
-    h = h + linear(p, "hidden2", h).relu()
-    return linear(p, "out", h)
-
-
-def conv(p, name, width, h):
-    """F.conv1d with stride 2 and padding 1, then ReLU: (replicas, channels, positions, n) to about half the
-    positions. F.conv1d itself, with a group for each replica, takes twice as long on a CPU."""
-    windows = F.pad(h, (0, 0, 1, 1)).unfold(2, width, 2)  # (replicas, channels, positions, n, width)
-    columns = windows.movedim(4, 2).flatten(3).flatten(1, 2)  # (replicas, channels * width, positions * n)
-    return linear(p, name, columns).relu().unflatten(2, windows.shape[2:4])
-
-
-def cnn(p, x):
-    h = x[:, None]  # (replicas, 1 channel, 40 positions, n)
-    for name, width in (("conv1", 5), ("conv2", 3), ("conv3", 3)):
-        h = conv(p, name, width, h)
-    return linear(p, "out", h.flatten(1, 2))  # 40 positions have become 19, 10 and 5
+# The models (the others are in studies/mnist1d.py)
 
 
 def gru(p, x):
@@ -108,45 +74,24 @@ def gru(p, x):
         h = torch.lerp(new, h, update)
         states.append(h)
     states = torch.stack(states, dim=1)  # in the order in which each direction computed them
-    return linear(p, "out", states.reshape(len(x), -1, x.shape[2]))
-
-
-def layer(name, inputs, outputs):
-    """name -> shape and fan-in of the parameters of a linear layer or a convolution."""
-    return {f"{name}_weight": ((outputs, inputs), inputs), f"{name}_bias": ((outputs, 1), inputs)}
+    return mnist1d.linear(p, "out", states.reshape(len(x), -1, x.shape[2]))
 
 
 # model -> its forward pass and its parameters, which are drawn in this order
 MODELS = {
-    "logistic": (logistic, layer("out", 40, 10)),
-    "mlp-100": (mlp, layer("hidden1", 40, 100) | layer("hidden2", 100, 100) | layer("out", 100, 10)),
-    "mlp-256": (mlp, layer("hidden1", 40, 256) | layer("hidden2", 256, 256) | layer("out", 256, 10)),
-    "cnn": (
-        cnn,
-        layer("conv1", 5, 25) | layer("conv2", 75, 25) | layer("conv3", 75, 25) | layer("out", 125, 10),
-    ),
+    "logistic": (mnist1d.logistic, mnist1d.layer("out", 40, 10)),
+    "mlp-100": (mnist1d.mlp, mnist1d.mlp_shapes(100)),
+    "mlp-256": (mnist1d.mlp, mnist1d.mlp_shapes(256)),
+    "cnn": (mnist1d.cnn, mnist1d.cnn_shapes(25)),
     "gru": (
         gru,
         {f"gru_{name}": ((2, 18, 1), 6) for name in ("wi", "bi", "bh")}  # 2 directions, 3 gates of 6 units
         | {"gru_wh": ((2, 18, 6), 6)}
-        | layer("out", 480, 10),
+        | mnist1d.layer("out", 480, 10),
     ),
 }
-COUNTS = {model: sum(int(np.prod(shape)) for shape, _ in own.values()) for model, (_, own) in MODELS.items()}
+COUNTS = {model: mnist1d.count(shapes) for model, (_, shapes) in MODELS.items()}
 assert COUNTS == {"logistic": 410, "mlp-100": 15_210, "mlp-256": 78_858, "cnn": 5_210, "gru": 5_134}
-
-
-def init_parameters(model, seeds, device="cpu"):
-    """Parameters (replicas, ...) by name, uniform within ±1/sqrt(fan-in), as PyTorch's layers begin."""
-    stacks = {name: [] for name in MODELS[model][1]}
-    for seed in seeds:
-        generator = np.random.default_rng(seed)
-        for name, (shape, fan_in) in MODELS[model][1].items():
-            stacks[name].append(generator.uniform(-(fan_in**-0.5), fan_in**-0.5, shape))
-    return {
-        name: torch.tensor(np.stack(stack), dtype=torch.float32, device=device).requires_grad_()
-        for name, stack in stacks.items()
-    }
 
 
 # Training
@@ -162,52 +107,25 @@ def make_splits(config, data, device="cpu"):
     if config["validation"]:
         splits["validation"] = data["x"][end:], data["y"][end:]
     splits["test"] = data["x_test"], data["y_test"]
-    return {
-        split: (
-            torch.tensor(x[:, points].T, dtype=torch.float32, device=device),
-            torch.tensor(y, device=device),
-        )
-        for split, (x, y) in splits.items()
-    }
-
-
-@torch.no_grad()
-def evaluate(forward, parameters, signals, labels, at_a_time=500):
-    """The mean loss of each replica over a split, and how many of each class it misses (replicas, 10)."""
-    replicas, loss, misses = len(parameters["out_bias"]), 0, 0
-    for x, y in zip(signals.split(at_a_time, dim=1), labels.split(at_a_time)):
-        logits, target = forward(parameters, x.expand(replicas, -1, -1)), y.expand(replicas, -1)
-        loss += F.cross_entropy(logits, target, reduction="none").cpu().double().sum(dim=1)
-        misses += (logits.argmax(dim=1) != target).long().cpu() @ F.one_hot(y, 10).cpu()
-    return (loss / len(labels)).tolist(), misses.tolist()
+    return {split: mnist1d.as_tensors(x[:, points], y, device) for split, (x, y) in splits.items()}
 
 
 def train(config, seeds, data, progress, device="cpu"):
     """Train a replica for each seed, all at once: seed -> its records, up to the step that is reported."""
-    splits, size = make_splits(config, data, device), config["batch_size"]
-    signals, labels = splits["train"]
-    forward, parameters = MODELS[config["model"]][0], init_parameters(config["model"], seeds, device)
-    # Not fused=True: it rounds the last few numbers of a tensor otherwise, so that a replica's result would
-    # depend on how many others are trained beside it.
-    optimizer = torch.optim.Adam(parameters.values(), lr=config["lr"], foreach=True)
-    records = {seed: [] for seed in seeds}
-    for step in range(config["steps"] + 1):
-        first = step * size % len(labels)
-        x, y = signals[:, first : first + size], labels[first : first + size]
-        logits = forward(parameters, x.expand(len(seeds), -1, -1))
-        losses = F.cross_entropy(logits, y.expand(len(seeds), -1), reduction="none")
-        optimizer.zero_grad()
-        losses.mean(dim=1).sum().backward()  # the gradient of each replica is that of its own loss
-        optimizer.step()
+    splits = make_splits(config, data, device)
+    forward, shapes = MODELS[config["model"]]
+    parameters = mnist1d.init_parameters(shapes, seeds, device)
+    records, n = {seed: [] for seed in seeds}, len(splits["train"][1])
+    for step in mnist1d.train_as_published(forward, parameters, *splits["train"], config):
         progress(len(seeds))
         if step % config["evaluate_every"] and step < config["steps"]:
             continue
-        for split, (x, y) in splits.items():
+        for split, examples in splits.items():
             if split == "train" and not config["validation"] and step < config["steps"]:
                 continue  # only its last evaluation is reported
-            for seed, loss, misses in zip(seeds, *evaluate(forward, parameters, x, y)):
-                record = runs.evaluation((step + 1) * size // len(labels), split, loss, sum(misses), len(y))
-                records[seed].append({"step": step, **record, "class_misses": misses})
+            found = mnist1d.evaluations(forward, parameters, split, *examples, step, config, n)
+            for own, record in zip(records.values(), found):
+                own.append(record)
         if config["validation"] and all(
             step >= chosen_step(own, config) + config["patience"] for own in records.values()
         ):

@@ -14,7 +14,7 @@ import mnist1d_gen
 import utils
 from records import run as runs
 from records import tables
-from studies import spatial_priors
+from studies import mnist1d, spatial_priors
 
 MODELS = tuple(spatial_priors.MODELS)
 generate = functools.cache(mnist1d_gen.make_dataset)
@@ -22,6 +22,10 @@ generate = functools.cache(mnist1d_gen.make_dataset)
 
 def config_of(model="logistic", order="ordered", validation=0, **changes):
     return spatial_priors.make_config(model, order, validation) | changes
+
+
+def init_parameters(model, seeds):
+    return mnist1d.init_parameters(spatial_priors.MODELS[model][1], seeds)
 
 
 def train(config, seeds, progress=lambda n: None):
@@ -115,8 +119,8 @@ def module_of(model, parameters, replica):
 @pytest.mark.parametrize("model", MODELS)
 def test_parameters_begin_as_those_of_torch(model):
     """Uniform in the range of each layer of torch.nn, and a seed's are the same in any company."""
-    ours = spatial_priors.init_parameters(model, range(30))
-    other = spatial_priors.init_parameters(model, [4, 7])
+    ours = init_parameters(model, range(30))
+    other = init_parameters(model, [4, 7])
     counts = {"logistic": 410, "mlp-100": 15_210, "mlp-256": 78_858, "cnn": 5_210, "gru": 5_134}
     assert sum(tensor[0].numel() for tensor in ours.values()) == counts[model]
     for name, tensor in ours.items():
@@ -142,7 +146,7 @@ def test_parameters_begin_as_those_of_torch(model):
 @pytest.mark.parametrize("model", MODELS)
 def test_logits_and_gradients_are_those_of_torch(model):
     """Both in double precision."""
-    parameters = spatial_priors.init_parameters(model, [5, 6, 7])
+    parameters = init_parameters(model, [5, 6, 7])
     parameters = {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
     x, y = (torch.from_numpy(generate()[name][:13]) for name in "xy")
     logits = spatial_priors.MODELS[model][0](parameters, x.T.expand(3, 40, 13))
@@ -159,7 +163,7 @@ def test_logits_and_gradients_are_those_of_torch(model):
 
 @pytest.mark.quick
 def test_another_order_of_the_states_would_be_noticed():
-    parameters = spatial_priors.init_parameters("gru", [5])
+    parameters = init_parameters("gru", [5])
     x = torch.from_numpy(generate()["x"][:13])
     right, wrong = (module_of("gru", parameters, 0) for _ in range(2))
     wrong.out.weight.data = parameters["out_weight"][0].detach().double()
@@ -171,7 +175,7 @@ def test_another_order_of_the_states_would_be_noticed():
 
 def plain_loop(config, seed):
     """The published training loop with torch.nn: (step, split, loss, misses of each class)."""
-    module = module_of(config["model"], spatial_priors.init_parameters(config["model"], [seed]), 0)
+    module = module_of(config["model"], init_parameters(config["model"], [seed]), 0)
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
     data, end = generate(), 4000 - config["validation"]
     points = np.random.RandomState(42).permutation(40) if config["order"] == "shuffled" else np.arange(40)  # noqa: NPY002
@@ -269,11 +273,11 @@ def test_splits():
 @pytest.mark.parametrize("examples, at_a_time", [(1000, 300), (999, 500), (3, 500)])
 def test_evaluation_counts_every_example_once(examples, at_a_time):
     """The loss against double precision: measured 1.6e-8 at most."""
-    parameters = spatial_priors.init_parameters("mlp-100", [1, 2, 3])
+    parameters = init_parameters("mlp-100", [1, 2, 3])
     with torch.no_grad():
         parameters["out_weight"] *= 30  # so that replicas and classes differ widely
     x, y = (t[..., :examples] for t in spatial_priors.make_splits(config_of(), generate())["test"])
-    losses, misses = spatial_priors.evaluate(spatial_priors.mlp, parameters, x, y, at_a_time)
+    losses, misses = mnist1d.evaluate(mnist1d.mlp, parameters, x, y, at_a_time)
     for replica in range(3):
         with torch.no_grad():
             logits = module_of("mlp-100", parameters, replica)(x.double().T).numpy()
@@ -335,7 +339,7 @@ def test_a_stack_stops_as_each_of_its_replicas_alone(monkeypatch):
         number = calls[len(labels)] = calls.get(len(labels), -1) + 1
         return [1.0] * len(seeds), [[int(misses[seed, number]), *9 * [0]] for seed in seeds]
 
-    monkeypatch.setattr(spatial_priors, "evaluate", scripted)
+    monkeypatch.setattr(mnist1d, "evaluate", scripted)
     updates = []
     found = train(config, seeds, updates.append)
     expected = [stopped_at(own.tolist(), 2, 8) for own in misses]
