@@ -62,6 +62,21 @@ def mean_interval(values, sd, n, probability=0.95):
     return statistics.fmean(values) - reach, statistics.fmean(values) + reach
 
 
+def confidence_interval(values, probability=0.95):
+    """Where the mean that the values are a sample of lies, if they are normal: (low, high)."""
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    reach = student_t((1 + probability) / 2, len(values) - 1) * error
+    return mean - reach, mean + reach
+
+
+def difference(values, form="+.1f"):
+    """The text `mean (low to high)` of paired differences, with the 95% interval of their mean."""
+    mean = f"{statistics.fmean(values):{form}}"
+    if len(values) == 1:
+        return mean
+    return "{} ({:{form}} to {:{form}})".format(mean, *confidence_interval(values), form=form)
+
+
 def sign_test(successes, n):
     """The p-value of the two-sided, exact sign test: a fair coin, n tosses, so many successes."""
     tail = sum(math.comb(n, k) for k in range(min(successes, n - successes) + 1))

@@ -49,6 +49,15 @@ def test_mean_interval_by_hand():
     assert degrees == pytest.approx(5.662, abs=1e-3) and reach == pytest.approx(4.28, abs=0.02)
 
 
+@quick
+def test_confidence_interval_by_hand():
+    """Mean 82.2, sd 2.8636, t 2.7764: 2.7764 * 2.8636 / sqrt(5) is 3.5556."""
+    values = [80, 84, 79, 86, 82]
+    assert tables.confidence_interval(values) == pytest.approx((78.6444, 85.7556), abs=1e-3)
+    assert tables.difference(values) == "+82.2 (+78.6 to +85.8)"
+    assert tables.difference([0.5], "+.2f") == "+0.50"
+
+
 @pytest.mark.parametrize("n", [5, 20])
 def test_prediction_interval_holds_one_more_value_as_often_as_it_says(n):
     samples = np.random.default_rng(n).normal(50, 7, (4000, n + 1)).tolist()
