@@ -7,7 +7,7 @@ respect to the learning rate, and descends that gradient. He starts at 1.5 and a
 times. But every outer step trains the same initial network on the same batches. So is 0.62 the best rate of
 the problem, or of that one network? And is it the best rate at all?
 Published: the rate and the losses of one network (Greydanus 2020; reference/mnist1d.toml).
-What would refute it: runs from 1.5 and from 0.15 that end at different rates; rates on a plain grid with a
+What would refute it: runs from 1.5 and from 0.15 that end at different rates, or do not end at all; rates on a plain grid with a
 lower mean loss than the learned one; or other initial networks whose rates are so different that 0.62 costs
 them a noticeable part of what tuning gains.
 
@@ -54,7 +54,7 @@ def make_config(condition, first_lr=None):
         **CONDITIONS[condition],
     }
     if first_lr is None:
-        return config | {"grid": [round(2 ** (k / 8), 4) for k in range(-40, 21)]}  # 0.031 to 5.7
+        return config | {"grid": [round(2 ** (k / 8), 4) for k in range(-40, 17)]}  # 0.031 to 4
     return config | {"first_lr": first_lr, "outer_steps": 50, "outer_lr": 0.3}
 
 
@@ -150,6 +150,8 @@ def train(config, seeds, data, progress):
         losses, p = train_inner(lr, *begun)
         evaluated = mnist1d.evaluate(forward, {name: t.detach() for name, t in p.items()}, *splits["_test"])
         for own, rate, loss, test_loss, missed in zip(records.values(), lr, losses, *evaluated):
+            if not rate.isfinite():
+                continue  # this replica has diverged, and its records end there
             n = len(splits["_test"][1])
             found = runs.evaluation(0, split, test_loss, sum(missed), n)
             means = {"mean_loss": loss.mean().item(), "final_loss": loss[-1].item()}
@@ -169,7 +171,8 @@ def train(config, seeds, data, progress):
         lr = lr - config["outer_lr"] * gradient
         for own, *values in zip(records.values(), lr, outer, losses[:, -1], gradient):
             names = "lr", "mean_loss", "final_loss", "gradient"
-            own.append({"step": step, "split": "outer"} | dict(zip(names, (v.item() for v in values))))
+            if all(value.isfinite() for value in values):
+                own.append({"step": step, "split": "outer"} | dict(zip(names, (v.item() for v in values))))
         progress(len(seeds))
     report(lr, "test", begin(seeds, config["outer_steps"]))
     return records
@@ -179,8 +182,14 @@ def train(config, seeds, data, progress):
 
 
 def learned(found, condition, start, what="lr"):
-    """The learned rate of each seed, or what it led to."""
-    return [record[what] for record in found[f"{condition}-from-{start}"].final("test")]
+    """seed -> the learned rate, or what it led to; without the seeds that diverged."""
+    return {record["seed"]: record[what] for record in found[f"{condition}-from-{start}"].final("test")}
+
+
+def both(found, condition, what="lr"):
+    """The pairs of what each seed learned from the high and from the low start."""
+    high, low = (learned(found, condition, start, what) for start in STARTS)
+    return [(high[seed], low[seed]) for seed in sorted(high.keys() & low.keys())]
 
 
 def grid_losses(found, condition, what="mean_loss"):
@@ -194,11 +203,13 @@ def curves(found):
     figure, (left, middle, right) = figures.subplots(1, 3, figsize=(13, 4))
     for colour, (start, lr) in enumerate(STARTS.items()):
         records = found[f"networks-from-{start}"].records.values()
-        rates = np.array([[lr] + [r["lr"] for r in own if r["split"] == "outer"] for own in records])
-        left.plot(rates.T, color=f"C{colour}", linewidth=0.7, alpha=0.6)
-        left.plot(rates.mean(axis=0), color=f"C{colour}", linewidth=2.5, label=f"from {lr}")
-    left.set(xlabel="outer step", ylabel="learning rate", yscale="log")
-    left.set(title=f"while it is learned: {len(rates)} networks, and mean")
+        paths = [[lr] + [r["lr"] for r in own if r["split"] == "outer"] for own in records]
+        for path in paths:
+            left.plot(path, color=f"C{colour}", linewidth=0.7, alpha=0.6)
+        whole = [path for path in paths if len(path) == max(map(len, paths))]
+        left.plot(np.median(whole, axis=0), color=f"C{colour}", linewidth=2.5, label=f"from {lr}")
+    left.set(xlabel="outer step", ylabel="learning rate", yscale="log", ylim=(0.1, 4))
+    left.set(title=f"while it is learned: {len(paths)} networks, and median")
     rates, losses = grid_losses(found, "networks")
     middle.plot(rates, losses.T, color="C2", linewidth=0.7, alpha=0.6)
     middle.plot(rates, losses.mean(axis=0), color="C2", linewidth=2.5, label="mean of 200 losses")
@@ -209,7 +220,7 @@ def curves(found):
     middle.set(title=f"every rate of a grid: {len(losses)} networks, and mean")
     columns = list(itertools.product(CONDITIONS, STARTS))
     for column, (condition, start) in enumerate(columns):
-        values, colour = learned(found, condition, start), f"C{column % 2}"
+        values, colour = list(learned(found, condition, start).values()), f"C{column % 2}"
         right.plot(column + np.linspace(-0.25, 0.25, len(values)), values, "o", color=colour, markersize=4)
         right.plot([column - 0.3, column + 0.3], [statistics.fmean(values)] * 2, color=colour)
     names = [f"{condition}\nfrom {STARTS[start]}" for condition, start in columns]
@@ -228,14 +239,17 @@ def learned_table(found):
     """Where learning ends from both starts, and how good the networks are that the rates train."""
     rows = []
     for condition in CONDITIONS:
-        rates = [learned(found, condition, start) for start in STARTS]
-        gaps = [high - low for high, low in zip(*rates)]
-        cells = [f"{mean_sd(own, '.3f')} ({min(own):.3f} to {max(own):.3f})" for own in rates]
-        loss = mean_sd(learned(found, condition, "low", "mean_loss"), ".3f")
-        accuracy = mean_sd([100 - e for e in learned(found, condition, "low", "error")], ".1f")
-        rows.append((condition, *cells, difference(gaps, "+.4f"), loss, accuracy, len(gaps)))
-    head = [f"from {lr}" for lr in STARTS.values()]
-    head += ["difference of the two", "mean loss (from 0.15)", "test accuracy (from 0.15)", "n"]
+        cells = []
+        for start in STARTS:
+            own = list(learned(found, condition, start).values())
+            n = len(found[f"{condition}-from-{start}"].records)
+            cells += [f"{mean_sd(own, '.3f')} ({min(own):.3f} to {max(own):.3f})", f"{n - len(own)} of {n}"]
+        cells.append(difference([high - low for high, low in both(found, condition)], "+.4f"))
+        cells.append(mean_sd(list(learned(found, condition, "low", "mean_loss").values()), ".3f"))
+        errors = learned(found, condition, "low", "error").values()
+        rows.append((condition, *cells, mean_sd([100 - error for error in errors], ".1f")))
+    head = [word for lr in STARTS.values() for word in (f"from {lr}", "diverged")]
+    head += ["difference of the two", "mean loss (from 0.15)", "test accuracy (from 0.15)"]
     return markdown_table(["seeds differ in", *head], rows)
 
 
@@ -250,8 +264,9 @@ def grid_table(found):
         cells = [mean_sd(best, ".2f"), f"{min(best):.2f} to {max(best):.2f}"]
         cells.append(f"{rates[losses.mean(axis=0).argmin()]:.2f}")
         for start in STARTS:
+            low = dict(zip(found[f"{condition}-grid"].records, losses.min(axis=1)))
             own = learned(found, condition, start, what)
-            cells.append(difference([a - b for a, b in zip(own, losses.min(axis=1))], "+.4f"))
+            cells.append(difference([value - low[seed] for seed, value in own.items()], "+.4f"))
         rows.append((condition, words[what], *cells))
     head = ["seeds differ in", "criterion", "best rate of each seed", "min to max", "one best rate for all"]
     head += [f"rate learned from {lr} minus the seed's best" for lr in STARTS.values()]
@@ -288,7 +303,7 @@ def published_table(found):
             wanted += [("rate", "lr", 0, row["first_update_lr"])]
         for words, what, step, value in wanted:
             if step < len(outer.get(0, ())):
-                others = [own[step][what] for seed, own in outer.items() if seed]
+                others = [own[step][what] for seed, own in outer.items() if seed and len(own) > step]
                 cells = f"{outer[0][step][what]:.4f}", mean_sd(others, ".3f") if others else "-"
                 rows.append((words, lr, step, value, *cells))
     head = "number", "from", "outer step", "published", "ours, the published network", "ours, other networks"
