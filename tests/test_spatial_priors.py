@@ -391,6 +391,16 @@ def test_the_table_of_shuffling(fake_runs):
 
 
 @pytest.mark.quick
+def test_the_table_of_the_fresh_data(fake_runs):
+    """The difference of two shares of 1,000 has a standard deviation of sqrt(2 p (1 - p) / 1000)."""
+    lines, names = spatial_priors.fresh_table(fake_runs).splitlines(), list(spatial_priors.CONFIGS)
+    frozen, fresh = (70 + names.index(name) for name in ("gru-ordered", "gru-ordered-fresh"))
+    chance = 100 * math.sqrt(2 * frozen / 1000 * (1 - frozen / 1000) / 1000)
+    cells = f"{100 - frozen / 10:.1f} ± 1.0 | {100 - fresh / 10:.1f} ± 1.0"
+    assert f"| ordered | gru | {cells} | {(frozen - fresh) / 10:+.1f} | {chance:.1f} |" in lines
+
+
+@pytest.mark.quick
 def test_the_table_of_classes(fake_runs):
     lines = spatial_priors.class_table(fake_runs, generate()["y_test"]).splitlines()
     number = list(spatial_priors.CONFIGS).index("gru-ordered")
@@ -404,10 +414,11 @@ def test_the_table_of_classes(fake_runs):
 @pytest.mark.quick
 def test_the_config_is_what_was_published():
     sizes = utils.reference("mnist1d")["sizes"]
-    assert len(spatial_priors.CONFIGS) == 20
+    assert len(spatial_priors.CONFIGS) == 30
     for name, config in spatial_priors.CONFIGS.items():
         assert all(config[key] == sizes[key] for key in ("batch_size", "lr", "steps", "evaluate_every"))
-        ending = "-validation" * bool(config["validation"])
+        fresh = config["data_seed"] != spatial_priors.FROZEN
+        ending = "-validation" * bool(config["validation"]) + "-fresh" * fresh
         assert name == f"{config['model']}-{config['order']}{ending}"
         assert (config["validation"], config["patience"]) in ((0, None), (500, 1000))
     assert sizes["parameters"].items() <= spatial_priors.COUNTS.items()
@@ -420,7 +431,7 @@ def test_the_committed_runs_are_complete():
     assert found.keys() == spatial_priors.CONFIGS.keys(), "run python -m studies.spatial_priors"
     for name, run in found.items():
         config = spatial_priors.CONFIGS[name]
-        run.require("spatial_priors", config, mnist1d_gen.sha256(generate()))
+        run.require("spatial_priors", config, mnist1d_gen.sha256(generate(seed=config["data_seed"])))
         assert sorted(run.records) == list(range(10))
         for records in run.records.values():
             last = spatial_priors.chosen_step(records, config) if config["validation"] else 6000
@@ -442,7 +453,7 @@ def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
     run = runs.read_run(tmp_path / "out" / "gru-shuffled.jsonl")
     assert run.config == spatial_priors.CONFIGS["gru-shuffled"] | spatial_priors.SMOKE
     assert spatial_priors.main(flags) == 0
-    assert capsys.readouterr().out == first.stdout and len(first.stdout.split("\n\n")) == 3
+    assert capsys.readouterr().out == first.stdout and len(first.stdout.split("\n\n")) == 4
     assert {path: path.read_bytes() for path in found} == found
 
 
