@@ -176,8 +176,8 @@ static void adam(const layer *w, float lr, int64_t step) {
     const float root = (float)sqrt(1 - pow(0.999, (double)step));
     for (int64_t k = 0; k < w->count; k++) {
         float g = gradient[k];
-        mean[k] += (1 - 0.9f) * (g - mean[k]);
-        square[k] = 0.999f * square[k] + (1 - 0.999f) * (g * g);
+        mean[k] += 0.1f * (g - mean[k]);
+        square[k] = 0.999f * square[k] + 0.001f * (g * g);
         weight[k] -= rate * mean[k] / (sqrtf(square[k]) / root + 1e-8f);
         gradient[k] = 0;
     }

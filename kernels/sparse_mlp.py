@@ -9,8 +9,8 @@ from kernels import build
 
 SOURCE = Path(__file__).with_name("sparse_mlp.c")
 CLASSES = 10
-# Measured with 500 hidden units on a core whose nearest cache is 32 KiB, of which 64 rows fill 26. Blocks make
-# a dense matrix 1.15 times as fast, and cost time where less than about a tenth of the weights are left.
+# Measured with 500 hidden units, on a core whose nearest cache is 32 KiB, of which 64 rows fill 26. Blocks
+# make a dense matrix 1.15 times as fast, and cost time where less than about a tenth of it is left.
 BLOCK = 64
 DENSE_ENOUGH = 0.15
 

@@ -25,7 +25,8 @@ def refuse(parser, args, *names):
     """BadRequest where a flag was given that changes nothing in this study."""
     for name in names:
         if getattr(args, name) != parser.get_default(name):
-            raise utils.BadRequest(f"--{name} changes nothing in this study: leave it out")
+            flag = name.replace("_", "-")
+            raise utils.BadRequest(f"--{flag} changes nothing in this study: leave it out")
 
 
 def parse(parser, argv=None):

@@ -4,22 +4,23 @@
 
 The question. Iterative magnitude pruning trains a network, removes its smallest weights, sets those that are
 left back to their initial values, and begins again. What is left is a "lottery ticket" (Frankle & Carbin
-2019). On MNIST-1D the tickets of an MLP are said to train to a higher accuracy than the whole network, because
-they have found out which points of a signal are neighbours.
-Published (Greydanus 2020, stored outputs of 2020 and of 2024, two trials each; reference/mnist1d.toml):
-a, b) a ticket beats its own dense network up to a sparsity of 0.97, and random pruning does not; at 92% the
-ticket beats the dense network on c) a new data set, d) its signals reversed, and f) with new initial weights,
-against Frankle & Carbin, but e) not on shuffled signals; g) the weights that survive in its first layer are
-adjacent more often than by chance. The outputs of 2020 and 2024 disagree on c, d and f: in 2024 a ticket got
-new initial weights in all panels, because nothing seeded PyTorch any more.
-What would refute it: a 95% interval, over trials, of a ticket's accuracy minus that of its dense network that
-includes 0 in c, d or f, or that is above 0 in e; in g, an interval that includes the level of chance.
+2019). On MNIST-1D the tickets of an MLP are said to train to a higher accuracy than the whole network,
+because they have found out which points of a signal are neighbours.
+Published (Greydanus 2020, stored outputs of 2020 and of 2024, two trials each; reference/mnist1d.toml): a,
+b) a ticket beats its own dense network up to a sparsity of 0.97, and random pruning does not; at 92% the
+ticket beats the dense network on c) a new data set, d) its signals reversed, and f) with new initial
+weights, against Frankle & Carbin, but e) not on shuffled signals; g) the weights that survive in its first
+layer are adjacent more often than by chance. The outputs of 2020 and 2024 disagree on c, d and f: in 2024 a
+ticket got new initial weights in all panels, because nothing seeded PyTorch any more.
+What would refute it: a 95% interval, over trials, of a ticket's accuracy minus that of its dense network
+that includes 0 in c, d or f, or that is above 0 in e; in g, an interval that includes the level of chance.
 
 Both readings are trained here, in paired trials: tickets with their own initial weights and with new ones.
 What to prune is decided by the weights of the last step, as described, and by those of step 1,000, as coded.
-Nothing was tuned. Ten trials of a schedule of 18 rounds, and three of all 100, take about an hour of one core;
-the article says an hour for two. A dense network, or a randomly pruned one, cannot tell permuted signals from
-ordered ones, because its initial weights are independent and alike: it is trained once for c, d, e and f.
+Nothing was tuned. Ten trials of a schedule of 18 rounds, and three of all 100, take about an hour of one
+core; the article says an hour for two. A dense network, or a randomly pruned one, cannot tell permuted
+signals from ordered ones, because its initial weights are independent and alike: it is trained once for c,
+d, e and f.
 """
 
 import argparse

@@ -1,0 +1,370 @@
+"""studies/lottery_tickets.py and its C kernel, against torch.nn in double precision and scripted networks."""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import one_sentence, run_study
+from torch import nn
+
+import mnist1d_gen
+import utils
+from kernels import build, sparse_mlp
+from records import tables
+from studies import lottery_tickets as study
+
+generate = functools.cache(mnist1d_gen.make_dataset)
+CONFIG = study.make_config("smallest", 5, rounds=(0, 50, 80, 91, 98)) | {"steps": 8}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+    """Almost everything here holds the kernel against PyTorch."""
+    try:
+        sparse_mlp.load()
+    except build.Unavailable as error:
+        pytest.skip(str(error))
+
+
+def networks(masks, seed=0, size=100, n=4000, of=("c", "torch")):
+    """name -> the network with its first n training examples, by each engine"""
+    found = {}
+    for engine in of:
+        network, examples = study.ENGINES[engine]
+        x, y = generate()["x"][:n], generate()["y"][:n]
+        found[engine] = network(study.initial_matrices(seed), masks), examples(x, y, size)
+    return found
+
+
+def sampled_masks(density, seed=0, ordered=True):
+    if density == 1:
+        return [np.ones_like(matrix, bool) for matrix in study.initial_matrices(0)]
+    return study.random_masks(1 - density, seed, 1)
+
+
+class Residual(nn.Module):
+    """The published network in torch.nn, in double precision, with the weights that masks keep."""
+
+    def __init__(self, matrices, masks):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(m.shape[1] - 1, m.shape[0]).double() for m in matrices)
+        for layer, matrix, mask in zip(self.layers, matrices, masks):
+            matrix = torch.from_numpy(matrix * mask).double()
+            layer.weight.data, layer.bias.data = matrix[:, :-1].contiguous(), matrix[:, -1].contiguous()
+
+    def forward(self, x):
+        h = torch.relu(self.layers[0](x))
+        return self.layers[2](h + torch.relu(self.layers[1](h)))
+
+    def gradients(self):
+        return [torch.cat([own.weight.grad, own.bias.grad[:, None]], dim=1).numpy() for own in self.layers]
+
+
+def relative_error(ours, true):
+    return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours, true, strict=True))
+
+
+# The kernel
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("density", [1, 0.3, 0.16, 0.08, 0.01])
+@pytest.mark.parametrize("size", [1, 100, 104, 250])
+def test_gradients_and_loss_are_those_of_double_precision(density, size):
+    """Batches that end before, at and after the end of a tile. The first mean of Adam is a tenth of the
+    gradient. Measured: 8e-7 at most."""
+    masks, n = sampled_masks(density), 2 * size
+    own, examples = networks(masks, size=size, n=n)["c"]
+    own.train(examples, 1, 0.0)
+    module = Residual(study.initial_matrices(0), masks)
+    x, y = (torch.from_numpy(generate()[name][:n]) for name in "xy")
+    x = x.float().double()
+    F.cross_entropy(module(x[:size]), y[:size]).backward()
+    true = [gradient * mask for gradient, mask in zip(module.gradients(), masks)]
+    assert relative_error(own.matrices("mean"), [gradient / 10 for gradient in true]) < 5e-6
+    squares = [gradient**2 / 1000 for gradient in true]
+    assert relative_error(own.matrices("square"), squares) < 1e-5
+    loss, misses = own.evaluate(examples)
+    with torch.no_grad():
+        logits = module(x)
+    assert loss == pytest.approx(F.cross_entropy(logits, y).item(), rel=2e-6)
+    assert abs(misses - int((logits.argmax(1) != y).sum())) <= 1
+
+
+@pytest.mark.quick
+def test_a_wrong_gradient_would_be_noticed():
+    masks = sampled_masks(0.08)
+    own, examples = networks(masks)["c"]
+    own.train(examples, 1, 0.0)
+    module = Residual(study.initial_matrices(0), masks)
+    x, y = (torch.from_numpy(generate()[name][100:200]) for name in "xy")  # another batch
+    F.cross_entropy(module(x), y).backward()
+    assert relative_error(own.matrices("mean"), [g / 10 for g in module.gradients()]) > 0.1
+
+
+@pytest.mark.parametrize("density, steps", [(1, 4), (0.3, 6), (0.08, 12), (0.02, 45)])
+def test_training_is_that_of_pytorch(density, steps):
+    """In two parts, the longest more than once through the data. Where a gradient is almost 0, Adam makes a
+    whole step of its sign, so losses drift apart later on: measured over eight seeds, by 8e-5 at most."""
+    found = networks(sampled_masks(density), seed=1)
+    for network, examples in found.values():
+        network.train(examples, steps // 2, 2e-2)
+        network.train(examples, steps - steps // 2, 2e-2)
+    (ours, misses), (true, true_misses) = (network.evaluate(e) for network, e in found.values())
+    assert ours == pytest.approx(true, rel=1e-3) and abs(misses - true_misses) < 20
+    ours, true = (network.matrices() for network, _ in found.values())
+    assert relative_error(ours, true) < 0.02
+    start = [matrix * mask for matrix, mask in zip(study.initial_matrices(1), sampled_masks(density))]
+    assert relative_error(start, true) > 0.2  # so that something has been learned
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("engine", ["c", "torch"])
+def test_a_removed_weight_never_moves(engine):
+    masks = sampled_masks(0.08)
+    masks[0][7], masks[1][:, 9], masks[2][:, -1] = False, False, False  # a unit, an input, all biases
+    network, examples = networks(masks, of=[engine])[engine]
+    for _ in range(2):
+        network.train(examples, 3, 2e-2)
+        for matrix, mask, initial in zip(network.matrices(), masks, study.initial_matrices(0)):
+            assert (matrix[~mask] == 0).all() and (matrix[mask] != initial[mask]).mean() > 0.5
+
+
+@pytest.mark.quick
+def test_both_engines_know_a_network_without_weights():
+    """As in the last round of the full schedule: the loss is that of chance."""
+    masks = [np.zeros_like(mask) for mask in sampled_masks(1)]
+    for network, examples in networks(masks, n=200).values():
+        network.train(examples, 2, 2e-2)
+        assert network.evaluate(examples)[0] == pytest.approx(np.log(10))
+
+
+@pytest.mark.quick
+def test_the_order_of_the_weights_is_a_permutation(monkeypatch):
+    """With blocks and without, every weight that is kept is found at the place that both orders say."""
+    for density, blocks in ((1, 8), (0.5, 8), (0.05, 1), (0, 1)):
+        mask = np.random.default_rng(1).random((500, 501)) < density
+        order = sparse_mlp._order(mask)
+        assert (order["column_blocks"], order["row_blocks"]) == (blocks, blocks)
+        rows, columns = order["rows"], order["columns"]
+        again = np.zeros_like(mask)
+        again[rows, columns] = True
+        assert np.array_equal(again, mask) and len(rows) == mask.sum()
+        assert np.array_equal(rows[order["place"]], order["row"])
+        for starts, count in (("row_start", 500), ("column_start", 501)):
+            assert len(order[starts]) == blocks * count + 1 and order[starts][-1] == len(rows)
+
+
+@pytest.mark.quick
+def test_what_the_kernel_refuses():
+    matrices, masks = study.initial_matrices(0), sampled_masks(0.1)
+    x, y = generate()["x"][:200], generate()["y"][:200]
+    with pytest.raises(ValueError, match="those of a residual MLP"):
+        sparse_mlp.SparseMlp(matrices[::-1], masks)
+    with pytest.raises(ValueError, match="not bool"):
+        sparse_mlp.SparseMlp(matrices, [mask.astype(float) for mask in masks])
+    with pytest.raises(ValueError, match="not bool of float32"):
+        sparse_mlp.SparseMlp([matrix.astype(float) for matrix in matrices], masks)
+    with pytest.raises(ValueError, match="do not divide 200"):
+        sparse_mlp.Examples(x, y, 150)
+    with pytest.raises(ValueError, match="0 to 9"):
+        sparse_mlp.Examples(x, y + 1, 100)
+    network = sparse_mlp.SparseMlp(matrices, masks)
+    with pytest.raises(ValueError, match="39 inputs and not 40"):
+        network.evaluate(sparse_mlp.Examples(x[:, 1:], y, 100))
+    bad = sparse_mlp.Examples(np.where(np.arange(40) == 3, np.nan, x), y, 100)
+    with pytest.raises(FloatingPointError):
+        network.train(bad, 5, 2e-2)
+
+
+# The method
+
+
+@pytest.mark.quick
+def test_sizes_are_the_published_ones():
+    initial = study.initial_matrices(0)
+    assert [matrix.size for matrix in initial] == [20_500, 250_500, 5_010]
+    masks = study.keep_largest([np.abs(matrix) for matrix in initial], study.SCHEDULE[study.TICKET])
+    assert [int(mask.sum()) for mask in masks] == [1657, 20_243, 405]
+    shuffled = study.orders_of_signals(study.CONFIGS["step-1000"])["shuffled"]
+    assert shuffled[:7].tolist() == [22, 20, 25, 4, 10, 15, 28]
+    assert study.SCHEDULE[list(study.COARSE)][-1] == pytest.approx(0.99, abs=1e-3)
+
+
+@pytest.mark.quick
+def test_the_smallest_scores_are_removed_layer_by_layer():
+    scores = [np.array([[3.0, 1, 2], [0, 5, 4]]), np.array([[10.0, 20]])]
+    masks = study.keep_largest(scores, 0.5)
+    assert masks[0].tolist() == [[True, False, False], [False, True, True]]
+    assert masks[1].tolist() == [[False, True]]
+    assert all(mask.all() for mask in study.keep_largest(scores, 0.1))  # int(0.1 * 6) is 0
+    assert not any(mask.any() for mask in study.keep_largest(scores, 1))
+
+
+class Scripted:
+    """A network that notes its masks, and whose weights after step s are those of a generator seeded by s."""
+
+    seen, starts = [], []
+
+    def __init__(self, matrices, masks):
+        self.masks, self.steps = masks, 0
+        Scripted.seen.append(masks)
+        Scripted.starts.append(matrices)
+
+    def train(self, examples, steps, lr):
+        self.steps += steps
+
+    def evaluate(self, examples):
+        return 1.0, self.steps
+
+    def matrices(self):
+        generator = np.random.default_rng([self.steps, len(Scripted.seen)])
+        return [generator.normal(size=mask.shape) * mask for mask in self.masks]
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    Scripted.seen, Scripted.starts = [], []
+    monkeypatch.setitem(study.ENGINES, "scripted", (Scripted, study.TorchExamples))
+    return Scripted
+
+
+@pytest.mark.quick
+def test_masks_are_nested_and_made_of_the_weights_of_the_step_that_decides(scripted):
+    for prune_after in (1000, 1501):
+        scripted.seen.clear()
+        config = study.make_config("smallest", prune_after, rounds=(0, 50, 80, 91, 98, 99))
+        records = study.train(config, 0, "scripted", lambda n: None)
+        assert all(mask.all() for mask in scripted.seen[0]) and not any(m.any() for m in scripted.seen[-1])
+        for round_, (before, after) in enumerate(itertools.pairwise(scripted.seen), start=1):
+            generator = np.random.default_rng([prune_after + 1, round_])
+            for one, two in zip(before, after):
+                weights = np.abs(generator.normal(size=one.shape))
+                assert not (two & ~one).any() and one.sum() > two.sum()
+                if two.any():
+                    assert weights[two].min() >= weights[one & ~two].max()
+        tests = [record for record in records if record["split"] == "test" and "round" in record]
+        assert [record["misses"] for record in tests] == 6 * [1501 % 1000 + 1000]  # evaluated at step 1,500
+        assert [sum(record["kept"]) for record in tests] == [
+            sum(int(mask.sum()) for mask in masks) for masks in scripted.seen
+        ]
+
+
+@pytest.mark.quick
+def test_every_round_begins_with_the_initial_weights(scripted):
+    study.train(CONFIG, 3, "scripted", lambda n: None)
+    for start in scripted.starts:
+        for ours, initial in zip(start, study.initial_matrices(3)):
+            assert np.array_equal(ours, initial)
+
+
+@pytest.mark.quick
+def test_random_masks_are_new_in_each_round_and_trial(scripted):
+    config = study.make_config("random", None, rounds=(80, 91))
+    for seed in (0, 1):
+        study.train(config, seed, "scripted", lambda n: None)
+    assert [[int(mask.sum()) for mask in masks] for masks in scripted.seen[1::2]] == 2 * [[1657, 20_243, 405]]
+    kept = [masks[1] for masks in scripted.seen]
+    for one, two in itertools.combinations(kept, 2):
+        share = (one & two).sum() / min(one.sum(), two.sum())
+        assert share == pytest.approx(max(one.mean(), two.mean()), abs=0.01)  # as by chance
+
+
+@pytest.mark.quick
+def test_the_conditions_of_the_transfer(scripted):
+    """Which masks, weights and signals each of them has."""
+    config = study.CONFIGS["step-1000"] | {"rounds": [91], "transfer_steps": 4}
+    records = study.train(config, 5, "scripted", lambda n: None)
+    own, new = study.initial_matrices(5), study.initial_matrices(config["new_weights_seed"] + 5)
+    ticket, masks, starts = scripted.seen[0], scripted.seen[1:], scripted.starts[1:]
+    transferred = [record for record in records if "network" in record]
+    assert len(transferred) == len(masks) == 10 and not np.array_equal(own[0], new[0])
+    for record, mask, start in zip(transferred, masks, starts):
+        expected = own if record["weights"] == "own" else new
+        assert all(np.array_equal(a, b) for a, b in zip(start, expected))
+        same = all(np.array_equal(a, b) for a, b in zip(mask, ticket))
+        assert same == (record["network"] == "ticket")
+        assert (mask[1].mean() == 1) == (record["network"] == "dense")
+        assert record["misses"] == 5 and record["pass"] == 5 * 500 // 4000
+    names = [f"{r['weights']}_{r['signals'].split()[0]}_{r['network']}_accuracy" for r in transferred]
+    assert len(set(names)) == 10 and set(names) < set(records[-1]) and records[-1]["split"] == "test"
+    signals = study.orders_of_signals(config)
+    assert signals["reversed"].tolist() == list(range(39, -1, -1))
+    assert signals["halves swapped"].tolist() == [*range(20, 40), *range(20)]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("density", [1, 0.08])
+def test_permuted_inputs_are_nothing_to_permuted_weights(density):
+    """So that the dense and the random network need not be trained on every order of the signals."""
+    order = np.random.default_rng(2).permutation(40)
+    network, examples = study.ENGINES["c"]
+    losses = []
+    for points in (np.arange(40), order):
+        columns = [*points, 40]  # the bias stays where it is
+        initial, masks = study.initial_matrices(0), sampled_masks(density)
+        initial[0], masks[0] = (np.ascontiguousarray(each[0][:, columns]) for each in (initial, masks))
+        own = network(initial, masks)
+        data = examples(generate()["x"][:500, points], generate()["y"][:500], 100)
+        losses.append(own.evaluate(data)[0])
+        own.train(data, 3, 2e-2)
+        losses.append(own.evaluate(data)[0])
+    assert losses[2:] == pytest.approx(losses[:2], rel=1e-4)  # sums are in another order
+    assert losses[0] != pytest.approx(losses[1], rel=0.01)
+    mixed = network(study.initial_matrices(0), sampled_masks(density))
+    assert mixed.evaluate(data)[0] != pytest.approx(losses[0], rel=1e-3)  # permuted signals alone
+
+
+def test_a_trial_does_not_depend_on_the_others(tmp_path):
+    """Bit by bit, two at a time or alone; another seed gives another network."""
+    records = {}
+    for name, flags in {"both": "--seeds 2 --threads 2", "one": "--seed 1 --seeds 1"}.items():
+        out = tmp_path / name
+        flags = f"--smoke --quiet --config random --out {out} {flags}"
+        assert study.main(flags.split()) == 0
+        records[name] = (out / "random.jsonl").read_text().splitlines()[1:]
+    half = len(records["both"]) // 2
+    assert records["both"][half:] == records["one"]
+    assert records["both"][:half] != records["one"]
+
+
+# What survives
+
+
+@pytest.mark.quick
+def test_adjacent_weights_are_counted_in_all_windows():
+    mask = np.zeros((2, 6), bool)
+    mask[0, 1:5] = True
+    assert study.adjacent(mask, 2) == 3 / 10 and study.adjacent(mask, 3) == 2 / 8
+    assert study.adjacent(mask, 4) == 1 / 6
+    random = np.random.default_rng(0).random((20_000, 40)) < 0.3
+    for count in (2, 3, 4):
+        assert study.adjacent(random, count) == pytest.approx(0.3**count, rel=0.03)
+
+
+@pytest.mark.quick
+def test_a_mask_comes_back_from_its_text():
+    mask = np.random.default_rng(0).random((500, 40)) < 0.08
+    assert np.array_equal(study.unpack(study.pack(mask)), mask)
+
+
+# The flags
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("flags", [["--device", "cuda"], ["--data-root", "/tmp"]])
+def test_flags_that_change_nothing_are_refused(flags, capsys):
+    assert study.main(flags) == 2
+    one_sentence(capsys.readouterr().err, flags[0])
+
+
+@pytest.mark.quick
+def test_without_a_compiler_pytorch_trains(monkeypatch, capsys):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert study.pick_engine("auto") == "torch"
+    one_sentence(capsys.readouterr().err, "no-such-compiler", "PyTorch")
+    with pytest.raises(utils.BadRequest, match="no-such-compiler"):
+        study.pick_engine("c")
