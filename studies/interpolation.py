@@ -1,0 +1,318 @@
+"""Is it n or n K parameters that fit n examples of K classes? A claim that was published, then withdrawn.
+
+    python -m studies.interpolation    # trains what is missing, writes figures and tables
+
+The question. Greydanus's article of 2020 says of double descent on MNIST-1D: with the squared error, the
+interpolation threshold is at n K parameters; with the negative log-likelihood it does not depend on K, and is
+at n. The sentence was withdrawn in 2024, and no code for it was ever public. What decides?
+What would refute it. Let P* be the fewest parameters that fit the training set, and fit
+log P* = a + b log n + c log K. The claim is refuted for the squared error if the 95% interval of b or c over
+seeds does not hold 1, and for the log-likelihood if that of b does not hold 1 or that of c does not hold 0.
+Counting suggests two other rules. The K outputs of one-hot targets sum to 1, which leaves K - 1 equations an
+example to the squared error; and a label of K classes carries log2 K bits. So P* is also divided by
+n (K - 1) and by n log2 K, to see which of the ratios varies least.
+
+The model is the one that the parameter counts of the 2020 figure fit: one hidden layer of H ReLU units, with
+(40 + 1 + K) H + K parameters. As the claim is one of counting, the labels are random in the main experiment,
+so that it does not matter how easy the classes are; the signals are the same for all K. "Fits" has two
+readings: no training error, and a small loss (1% of the variance of the targets, or 0.01 nats). All are
+given. The other experiments find the peak of the test loss, with classes of MNIST-1D of which 15% of the
+labels are noise, and repeat the figure of 2020.
+The learning rate, the number of passes and the range of widths were chosen at n = 500 on seeds 100 and 101.
+"""
+
+import itertools
+import math
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import mnist1d_gen
+import utils
+from records import run as runs
+from studies import common, mnist1d
+
+LOSSES = {"mse": "squared error", "nll": "log-likelihood"}
+SIZES, CLASSES = (500, 1000, 2000, 4000), (2, 5, 10)
+CRITERIA = {"errors": "no training error", "loss": "small training loss"}
+SMALL_LOSS = {"mse": 0.01, "nll": 0.01}  # of the variance of the targets; nats
+# What P* is compared with. The first two are the claim.
+COUNTS = {
+    "n": lambda n, k: n,
+    "n K": lambda n, k: n * k,
+    "n (K - 1)": lambda n, k: n * (k - 1),
+    "n log2 K": lambda n, k: n * math.log2(k),
+}
+# The widths tried have these shares of what n (K - 1) (squared error) or n log2 K (log-likelihood) ask for.
+GRID = {(loss, 2): range(-3, 4) for loss in LOSSES}  # 10^-0.3 to 10^0.3
+GRID |= {(loss, k): range(*ends) for loss, ends in (("mse", (-3, 3)), ("nll", (-4, 2))) for k in (5, 10)}
+PASSES = {500: 900, 1000: 640, 2000: 450, 4000: 320}  # so that all n come about as near to their end
+GROUP = 1000  # hidden units that are trained as one batch: their activations fit a core's cache
+PAGE = utils.ROOT / "results" / "interpolation" / "README.md"
+
+
+def parameters_of(width, classes):
+    return (40 + 1 + classes) * width + classes
+
+
+def make_cell(classes, counts):
+    """The hidden units with which networks of K outputs come closest to each number of parameters."""
+    widths = {max(1, round((count - classes) / (40 + 1 + classes))) for count in counts}
+    return {"classes": classes, "widths": sorted(widths)}
+
+
+def make_config(loss, n, labels, cells, passes):
+    """Every number that decides the result of one loss and n, for several K and their widths (`cells`)."""
+    return {
+        "data": "mnist1d",
+        "num_samples": 25_000,  # four fifths of them for training
+        "loss": loss,
+        "n": n,
+        "labels": labels,
+        "noise": 0.15 if labels == "noisy" else 0.0,
+        "cells": cells,
+        "batch_size": 100,
+        "lr": 3e-2,  # of the first update; falls to 0 as a cosine
+        "lr_width": 50,  # wider networks have a lower one, in proportion to 1 / sqrt(H)
+        "passes": passes,
+        "evaluations": 20,
+        "leave": labels == "random",  # a network that fits by both criteria is trained no further
+    }
+
+
+def thresholds_config(loss, n, passes):
+    count = COUNTS["n (K - 1)" if loss == "mse" else "n log2 K"]
+    cells = [make_cell(k, [10 ** (tenth / 10) * count(n, k) for tenth in GRID[loss, k]]) for k in CLASSES]
+    return make_config(loss, n, "random", cells, passes)
+
+
+# Where the peak of the test loss is looked for, at n = 1,000, and half of the widths of the figure of 2020.
+PEAK_COUNTS = [1000 * 10 ** (step / 6) for step in range(-4, 9)]  # 215 to 21,544 parameters
+WIDTHS_2020 = [10, 20, 30, 40, 50, 70, 110, 150, 190, 230, 310, 430]
+CONFIGS = {
+    **{f"{loss}-{n}": thresholds_config(loss, n, PASSES[n]) for n in SIZES for loss in LOSSES},
+    **{f"{loss}-{n}-long": thresholds_config(loss, n, 2 * PASSES[n]) for n in (500,) for loss in LOSSES},
+    **{
+        f"{loss}-noisy": make_config(loss, 1000, "noisy", [make_cell(k, PEAK_COUNTS) for k in CLASSES], 200)
+        for loss in LOSSES
+    },
+    "figure-2020": make_config("nll", 10_000, "clean", [{"classes": 10, "widths": WIDTHS_2020}], 60),
+}
+
+
+def smoke(config):
+    return config | {"passes": 2, "cells": [cell | {"widths": [2, 3]} for cell in config["cells"]]}
+
+
+# Data
+
+
+def make_examples(config, data, split):
+    """Signals with a constant 1 below (41, n) float32, and labels (n,): of the first K classes, or of all."""
+    suffix = "_test" * (split == "test")
+    x, y = data[f"x{suffix}"], data[f"y{suffix}"]
+    if config["labels"] != "random":
+        x, y = x[y < config["classes"]], y[y < config["classes"]]
+    if split == "train":
+        x, y = x[: config["n"]], y[: config["n"]]
+        assert len(x) == config["n"]
+    ones = np.ones((len(x), 1))
+    return torch.tensor(np.hstack([x, ones]).T, dtype=torch.float32), torch.tensor(y)
+
+
+def make_labels(config, seed, labels):
+    """The training labels of a seed: uniformly random ones in the place of none, some or all."""
+    generator = np.random.default_rng([seed, config["classes"]])
+    random = torch.tensor(generator.integers(0, config["classes"], len(labels)))
+    noise = 1.0 if config["labels"] == "random" else config["noise"]
+    return torch.where(torch.tensor(generator.random(len(labels)) < noise), random, labels)
+
+
+# The networks. Those of several widths and seeds (replicas) are trained together: hidden units that one has
+# not are 0, and stay so. p has the hidden weights with their bias (replicas, H, 41), the output weights
+# (replicas, K, H) and the output bias (replicas, K, 1).
+
+
+def init_parameters(replicas, classes):
+    """Replicas are (width, seed). A network begins as PyTorch's layers do, whatever the others' widths."""
+    widest = max(width for width, _ in replicas)
+    p = [torch.zeros(len(replicas), *shape) for shape in ((widest, 41), (classes, widest), (classes, 1))]
+    for row, (width, seed) in enumerate(replicas):
+        shapes = mnist1d.layer("hidden", 40, width) | mnist1d.layer("out", width, classes)
+        own = {name: tensor[0].detach() for name, tensor in mnist1d.init_parameters(shapes, [seed]).items()}
+        p[0][row, :width] = torch.hstack([own["hidden_weight"], own["hidden_bias"]])
+        p[1][row, :, :width], p[2][row] = own["out_weight"], own["out_bias"]
+    return p
+
+
+def forward(p, x):
+    """Hidden activations (replicas, H, n) and outputs (replicas, K, n) of signals (41, n)."""
+    hidden, out, bias = p
+    h = (hidden.flatten(0, 1) @ x).relu_().unflatten(0, hidden.shape[:2])
+    return h, torch.baddbmm(bias, out, h)
+
+
+def gradients(p, x, y, loss):
+    """The gradients of each replica's own loss on a batch of signals (41, n) and labels (replicas, n).
+
+    The squared error is the mean over examples and outputs of (output - target)^2, with one-hot targets.
+    """
+    h, outputs = forward(p, x)
+    d = outputs.softmax(dim=1) if loss == "nll" else outputs
+    d.scatter_add_(1, y[:, None], torch.full_like(d[:, :1], -1))
+    d *= (1 if loss == "nll" else 2 / d.shape[1]) / d.shape[2]
+    back = torch.bmm(p[1].mT, d).mul_(h > 0)
+    return [(back.flatten(0, 1) @ x.T).view_as(p[0]), torch.bmm(d, h.mT), d.sum(dim=2, keepdim=True)]
+
+
+class Adam:
+    """torch.optim.Adam, for replicas that may leave before the others."""
+
+    def __init__(self, p, lr):
+        """`lr` is a rate for each replica."""
+        self.p, self.lr, self.step_number = p, torch.tensor(lr)[:, None, None], 0
+        self.means, self.squares = ([torch.zeros_like(tensor) for tensor in p] for _ in range(2))
+
+    def step(self, grads, share):
+        """An update with this share of the learning rates."""
+        self.step_number += 1
+        correction, root = 1 - 0.9**self.step_number, (1 - 0.999**self.step_number) ** 0.5
+        for tensor, grad, mean, square in zip(self.p, grads, self.means, self.squares):
+            mean.lerp_(grad, 1 - 0.9)
+            square.mul_(0.999).addcmul_(grad, grad, value=1 - 0.999)
+            rate = self.lr * (share / correction)
+            tensor.addcdiv_(mean * rate, square.sqrt().div_(root).add_(1e-8), value=-1)
+
+    def keep(self, rows, width):
+        """Go on with these replicas alone, none of which is wider than `width`."""
+        self.lr = self.lr[rows]
+        for stack in (self.p, self.means, self.squares):
+            hidden, out, bias = stack
+            stack[:] = [hidden[rows, :width].clone(), out[rows, :, :width].clone(), bias[rows].clone()]
+
+
+def evaluate(p, x, y, loss, at_a_time=500):
+    """The loss and the misses of each replica; y (replicas, n). The squared error is in units of the
+    variance of the targets, (1/K)(1 - 1/K)."""
+    total, misses, classes = 0, 0, p[1].shape[1]
+    for signals, labels in zip(x.split(at_a_time, dim=1), y.split(at_a_time, dim=1)):
+        outputs = forward(p, signals)[1]
+        if loss == "nll":
+            losses = F.cross_entropy(outputs, labels, reduction="none")
+        else:
+            targets = F.one_hot(labels, classes).mT
+            losses = (outputs - targets).square().mean(dim=1) / ((classes - 1) / classes**2)
+        total += losses.double().sum(dim=1)
+        misses += (outputs.argmax(dim=1) != labels).sum(dim=1)
+    return (total / y.shape[1]).tolist(), misses.tolist()
+
+
+def groups(replicas):
+    """Replicas (width, seed) in lists of similar width, each with GROUP hidden units or one replica."""
+    group = []
+    for replica in sorted(replicas, reverse=True):
+        if group and (len(group) + 1) * group[0][0] > GROUP:
+            yield group
+            group = []
+        group.append(replica)
+    yield group
+
+
+def train_group(config, replicas, examples, labels, progress):
+    """Train replicas together: (width, seed) -> its last evaluation of every split.
+
+    The order of the examples is the same for all replicas, whichever are trained together.
+    """
+    x, n, loss = examples["train"][0], config["n"], config["loss"]
+    p, y = init_parameters(replicas, config["classes"]), torch.stack([labels[seed] for _, seed in replicas])
+    lr = [config["lr"] * min(1, config["lr_width"] / width) ** 0.5 for width, _ in replicas]
+    adam, order, found = Adam(p, lr), np.random.default_rng(0), {}
+    updates, size = config["passes"] * -(-n // config["batch_size"]), config["batch_size"]
+    every = max(1, config["passes"] // config["evaluations"])
+    for done in range(1, config["passes"] + 1):
+        for batch in torch.from_numpy(order.permutation(n)).split(size):
+            share = (1 + math.cos(math.pi * adam.step_number / updates)) / 2
+            adam.step(gradients(p, x[:, batch], y[:, batch], loss), share)
+        progress(len(replicas))
+        if done % every and done < config["passes"]:
+            continue
+        stay = []
+        for row, (value, missed) in enumerate(zip(*evaluate(p, x, y, loss))):
+            record = runs.evaluation(done, "train", value, missed, n)
+            leaves = config["leave"] and fits(record, loss, "errors") and fits(record, loss, "loss")
+            stay += [] if leaves else [row]
+            found[replicas[row]] = [record]
+        if done == config["passes"] and "test" in examples:
+            signals, own = examples["test"]
+            for replica, value, missed in zip(replicas, *evaluate(p, signals, own.expand(len(y), -1), loss)):
+                found[replica].append(runs.evaluation(done, "test", value, missed, len(own)))
+        if len(stay) < len(replicas):
+            progress((len(replicas) - len(stay)) * (config["passes"] - done))
+            replicas = [replicas[row] for row in stay]
+            if not stay:
+                break
+            adam.keep(stay, max(width for width, _ in replicas))
+            y = y[stay]
+    return found
+
+
+def train(config, seeds, data, progress):
+    """Train networks of all K and widths for each seed: seed -> the last evaluation of each."""
+    splits, records = ["train"] if config["labels"] == "random" else ["train", "test"], {s: [] for s in seeds}
+    for cell in config["cells"]:
+        own, classes, found = config | cell, cell["classes"], {}
+        examples = {split: make_examples(own, data, split) for split in splits}
+        labels = {seed: make_labels(own, seed, examples["train"][1]) for seed in seeds}
+        for group in groups(itertools.product(own["widths"], seeds)):
+            found |= train_group(own, group, examples, labels, progress)
+        for seed, width in itertools.product(seeds, own["widths"]):
+            size = {"classes": classes, "width": width, "parameters": parameters_of(width, classes)}
+            records[seed] += [size | record for record in found[width, seed]]
+    return records
+
+
+def fits(record, loss, criterion):
+    """Whether a network fits the training set, by its last evaluation."""
+    return record["misses"] == 0 if criterion == "errors" else record["loss"] < SMALL_LOSS[loss]
+
+
+def threshold(records, loss, criterion):
+    """The number of parameters from which on all networks of one seed and K fit, or None.
+
+    It is between the widest network that does not and the next one, which does; their geometric mean is
+    taken. None if the widest network does not fit, or if all do.
+    """
+    ordered = sorted(records, key=lambda record: record["parameters"])
+    failing = [place for place, record in enumerate(ordered) if not fits(record, loss, criterion)]
+    if not failing or failing[-1] == len(ordered) - 1:
+        return None
+    return math.sqrt(ordered[failing[-1]]["parameters"] * ordered[failing[-1] + 1]["parameters"])
+
+
+@utils.exit_status
+def main(argv=None):
+    parser = common.study_flags("interpolation", __doc__)
+    args = common.parse(parser, argv)
+    if args.engine == "c":
+        raise utils.BadRequest("--engine c: there is no C engine for these models; leave it out")
+    common.refuse(parser, args, "device", "data_root")
+    torch.set_num_threads(1)
+    configs = {name: smoke(config) if args.smoke else config for name, config in CONFIGS.items()}
+    arguments = {"num_samples": configs["figure-2020"]["num_samples"]}
+    data = mnist1d_gen.make_dataset(**arguments)
+    common.run_configs(
+        args,
+        "interpolation",
+        configs,
+        lambda config, seeds, progress: train(config, seeds, data, progress),
+        mnist1d_gen.sha256(data),
+        work=lambda config: config["passes"] * sum(len(cell["widths"]) for cell in config["cells"]),
+        together=True,
+        engine="torch",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
