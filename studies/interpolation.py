@@ -76,7 +76,7 @@ def make_config(loss, n, labels, cells, passes):
         "batch_size": 100,
         "lr": 3e-2,  # of the first update; falls to 0 as a cosine
         "lr_width": 50,  # wider networks have a lower one, in proportion to 1 / sqrt(H)
-        "passes": passes,
+        "most_passes": passes,
         "evaluations": 20,
         "leave": labels == "random",  # a network that fits by both criteria is trained no further
     }
@@ -103,7 +103,7 @@ CONFIGS = {
 
 
 def smoke(config):
-    return config | {"passes": 2, "cells": [cell | {"widths": [2, 3]} for cell in config["cells"]]}
+    return config | {"most_passes": 2, "cells": [cell | {"widths": [2, 3]} for cell in config["cells"]]}
 
 
 # Data
@@ -229,14 +229,14 @@ def train_group(config, replicas, examples, labels, progress):
     p, y = init_parameters(replicas, config["classes"]), torch.stack([labels[seed] for _, seed in replicas])
     lr = [config["lr"] * min(1, config["lr_width"] / width) ** 0.5 for width, _ in replicas]
     adam, order, found = Adam(p, lr), np.random.default_rng(0), {}
-    updates, size = config["passes"] * -(-n // config["batch_size"]), config["batch_size"]
-    every = max(1, config["passes"] // config["evaluations"])
-    for done in range(1, config["passes"] + 1):
+    updates, size = config["most_passes"] * -(-n // config["batch_size"]), config["batch_size"]
+    every = max(1, config["most_passes"] // config["evaluations"])
+    for done in range(1, config["most_passes"] + 1):
         for batch in torch.from_numpy(order.permutation(n)).split(size):
             share = (1 + math.cos(math.pi * adam.step_number / updates)) / 2
             adam.step(gradients(p, x[:, batch], y[:, batch], loss), share)
         progress(len(replicas))
-        if done % every and done < config["passes"]:
+        if done % every and done < config["most_passes"]:
             continue
         stay = []
         for row, (value, missed) in enumerate(zip(*evaluate(p, x, y, loss))):
@@ -244,12 +244,12 @@ def train_group(config, replicas, examples, labels, progress):
             leaves = config["leave"] and fits(record, loss, "errors") and fits(record, loss, "loss")
             stay += [] if leaves else [row]
             found[replicas[row]] = [record]
-        if done == config["passes"] and "test" in examples:
+        if done == config["most_passes"] and "test" in examples:
             signals, own = examples["test"]
             for replica, value, missed in zip(replicas, *evaluate(p, signals, own.expand(len(y), -1), loss)):
                 found[replica].append(runs.evaluation(done, "test", value, missed, len(own)))
         if len(stay) < len(replicas):
-            progress((len(replicas) - len(stay)) * (config["passes"] - done))
+            progress((len(replicas) - len(stay)) * (config["most_passes"] - done))
             replicas = [replicas[row] for row in stay]
             if not stay:
                 break
@@ -308,7 +308,7 @@ def main(argv=None):
         configs,
         lambda config, seeds, progress: train(config, seeds, data, progress),
         mnist1d_gen.sha256(data),
-        work=lambda config: config["passes"] * sum(len(cell["widths"]) for cell in config["cells"]),
+        work=lambda config: config["most_passes"] * sum(len(cell["widths"]) for cell in config["cells"]),
         together=True,
         engine="torch",
     )
