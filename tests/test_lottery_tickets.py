@@ -289,7 +289,7 @@ def test_the_conditions_of_the_transfer(scripted):
         assert same == (record["network"] == "ticket")
         assert (mask[1].mean() == 1) == (record["network"] == "dense")
         assert record["misses"] == 5 and record["pass"] == 5 * 500 // 4000
-    names = [f"{r['weights']}_{r['signals'].split()[0]}_{r['network']}_accuracy" for r in transferred]
+    names = [f"{study.condition(record)}_accuracy" for record in transferred]
     assert len(set(names)) == 10 and set(names) < set(records[-1]) and records[-1]["split"] == "test"
     signals = study.orders_of_signals(config)
     assert signals["reversed"].tolist() == list(range(39, -1, -1))
