@@ -26,7 +26,9 @@ import torch.nn.functional as F
 
 import mnist1d_gen
 import utils
+from records import figures
 from records import run as runs
+from records.tables import difference, markdown_table, mean_sd, prediction_interval, read_runs
 from studies import common, mnist1d
 
 PAGE = utils.ROOT / "results" / "double_descent" / "README.md"
@@ -195,6 +197,184 @@ def train(config, seeds, progress, device="cpu"):
     return records
 
 
+# What the page shows
+
+
+def published_values(curve, quantity):
+    """width -> the published number, where there is one."""
+    runs_of = utils.reference("mnist1d")[CURVES[curve][0]]["runs"]
+    widths = [own["run"]["config"].split("-")[-1] if "run" in own else own["channels"] for own in runs_of]
+    return {int(width): own[quantity] for width, own in zip(widths, runs_of) if quantity in own}
+
+
+def landmarks(curve):
+    """The widths at the published first minimum and peak, and the largest; without noise, those with it."""
+    network = curve.split("-")[0]
+    row = utils.reference("mnist1d")[CURVES[f"{network}-noisy"][0]]
+    return row["first_minimum_width"], row["peak_width"], WIDTHS[network][-1]
+
+
+def final(found, curve, split, quantity):
+    """A number of every network of a curve after its last pass: (widths, seeds)."""
+    runs_of = [found[f"{curve}-{width}"] for width in WIDTHS[curve.split("-")[0]]]
+    return np.array([[record[quantity] for record in run.final(split)] for run in runs_of])
+
+
+def parameters_of(curve, width):
+    return mnist1d.count(NETWORKS[curve.split("-")[0]][1](width))
+
+
+def largest_rise(errors):
+    """The two places of a curve (widths,), one after the other, between which it rises most."""
+    rises = np.triu(errors[None, :] - errors[:, None], 1)
+    return np.unravel_index(rises.argmax(), rises.shape)
+
+
+def descent_table(found):
+    """Peak and second descent of each curve, in points of test error, paired over seeds.
+
+    At the published widths, and where the mean of the other seeds rises most: a seed has no part in choosing
+    the widths that it is measured at.
+    """
+    head = ("curve", "first minimum, peak", "", "errors there and at the largest", "peak - minimum")
+    rows = []
+    for curve, (_, title) in CURVES.items():
+        widths, errors = WIDTHS[curve.split("-")[0]], final(found, curve, "test", "error")
+        seeds, places = range(errors.shape[1]), [widths.index(width) for width in landmarks(curve)]
+        printed = published_values(curve, "test_error")
+        shown = [*([printed[width]] for width in landmarks(curve))]
+        chosen = [largest_rise(np.delete(errors, s, axis=1).mean(axis=1)) if len(seeds) > 1 else places[:2]
+                  for s in seeds]  # fmt: skip
+        other = [
+            [errors[places[k], s] for s, places in enumerate([*c, -1] for c in chosen)] for k in range(3)
+        ]
+        names = " / ".join(sorted({f"{widths[low]}, {widths[high]}" for low, high in chosen}))
+        where = f"{landmarks(curve)[0]}, {landmarks(curve)[1]}"
+        for width, kind, (low, high, last) in (
+            (where, "published", np.array(shown)),
+            (where, "ours", errors[places]),
+            (names, "ours, chosen by the other seeds", np.array(other)),
+        ):
+            cells = [difference(pair) for pair in (high - low, high - last, last - low)]
+            values = " / ".join(f"{each.mean():.1f}" for each in (low, high, last))
+            rows.append((title, width, kind, values, *cells))
+    return markdown_table((*head, "peak - largest", "largest - minimum"), rows, left=3)
+
+
+def inside(value, ours):
+    """Does the 95% interval of one more of our values hold a published one, printed to a tenth?"""
+    low, high = prediction_interval(ours)
+    return "inside" if low - 0.05 <= value <= high + 0.05 else "**outside**"
+
+
+def curve_table(found, curve):
+    """Every width of a curve: errors and losses after the last pass, beside the published ones."""
+    columns = [
+        ("test", "error", ".1f", published_values(curve, "test_error")),
+        ("train", "error", ".1f", published_values(curve, "train_error")),
+        ("test", "loss", ".2f", published_values(curve, "test_loss")),
+    ]
+    head, rows = ["width", "parameters"], []
+    for split, quantity, _, _ in columns:
+        head += [f"published {split} {quantity}", "ours", ""]
+    for place, width in enumerate(WIDTHS[curve.split("-")[0]]):
+        cells = []
+        for split, quantity, form, printed in columns:
+            ours = final(found, curve, split, quantity)[place].tolist()
+            enough = width in printed and len(ours) > 1
+            cells += [printed.get(width, ""), mean_sd(ours, form)]
+            cells += [inside(printed[width], ours) if enough else ""]
+        rows.append((width, f"{parameters_of(curve, width):,}", *cells))
+    return markdown_table(head, rows)
+
+
+def threshold_table(found):
+    """The smallest width at which each seed has no training error, and its parameters."""
+    rows = []
+    for curve, (key, title) in CURVES.items():
+        widths, misses = WIDTHS[curve.split("-")[0]], final(found, curve, "train", "misses")
+        fits = [widths[own.argmin()] for own in misses.T if own.min() == 0]
+        printed = utils.reference("mnist1d")[key]["zero_train_error_width"]
+        cells = [f"{width} ({parameters_of(curve, width):,})" for width in [printed, *sorted(set(fits))]]
+        rows.append((title, cells[0], ", ".join(cells[1:]) or "none", f"{len(fits)} of {misses.shape[1]}"))
+    return markdown_table(("curve", "published", "ours", "seeds that get there"), rows)
+
+
+def passes_table(found):
+    """Mean test error after some passes, at the published first minimum and peak and at the largest width."""
+    passes, rows = next(iter(found.values())).config["evaluate_after"], []
+    for curve, (_, title) in CURVES.items():
+        for width in landmarks(curve):
+            errors = during(found, curve, width).mean(axis=0)
+            rows.append((title, width, *(f"{error:.1f}" for error in errors)))
+    return markdown_table(("test error (%) after pass", "width", *map(str, passes)), rows)
+
+
+def during(found, curve, width):
+    """Test error at every evaluation: (seeds, evaluations)."""
+    records = found[f"{curve}-{width}"].records.values()
+    return np.array([[record["error"] for record in own if record["split"] == "test"] for own in records])
+
+
+def time_table(found):
+    """Minutes of one core that a curve took, beside the published wall time of one seed."""
+    rows = []
+    for curve, (key, title) in CURVES.items():
+        sessions = [
+            session for name, run in found.items() if name.startswith(curve) for session in run.sessions
+        ]
+        minutes = sum(sum(session["seconds"].values()) for session in sessions) / 60
+        published = utils.reference("mnist1d")[key]["wall_minutes"]
+        seeds = len(found[f"{curve}-2"].records)
+        rows.append((title, published, seeds, f"{minutes:.1f}", f"{minutes / 2:.1f}"))
+    head = "curve", "published, minutes for one seed", "our seeds", "minutes of one core", "of two cores"
+    return markdown_table(head, rows)
+
+
+def tables(folder):
+    """The page's tables by the names of their markers, from the runs in a folder."""
+    found = read_runs(folder)
+    shown = {"descent": descent_table(found), "thresholds": threshold_table(found)}
+    shown |= {curve: curve_table(found, curve) for curve in CURVES}
+    return shown | {"passes": passes_table(found), "times": time_table(found)}
+
+
+def band(axis, x, values, color, label=None):
+    """Mean ± standard deviation of values (x, seeds)."""
+    mean, sd = values.mean(axis=1), values.std(axis=1, ddof=values.shape[1] > 1)
+    axis.fill_between(x, mean - sd, mean + sd, color=color, alpha=0.25, linewidth=0)
+    axis.plot(x, mean, color=color, label=label)
+
+
+def plot(found):
+    """Error and loss against width, and test error against passes, a column for each curve."""
+    figure, axes = figures.subplots(3, 3, figsize=(11, 9.5), sharey="row")
+    for column, (curve, (key, title)) in enumerate(CURVES.items()):
+        widths, n = WIDTHS[curve.split("-")[0]], len(found[f"{curve}-2"].records)
+        for axis, quantity in zip(axes[:2, column], ("error", "loss")):
+            for color, split in zip(("C0", "C1"), ("train", "test")):
+                band(axis, widths, final(found, curve, split, quantity), color, split)
+                printed = published_values(curve, f"{split}_{quantity}")
+                style = "o--" if len(printed) > 1 else "o"
+                axis.plot(*zip(*printed.items()), style, color="0.5", ms=3, linewidth=1) if printed else None
+            place = utils.reference("mnist1d")[key]["zero_train_error_width"]
+            axis.axvline(place, color="0.5", linestyle=":", linewidth=1)
+            axis.set(xscale="log", xlabel="hidden units" if "mlp" in curve else "channels")
+        axes[0, column].set_title(f"{title}\nmean ± sd, n = {n}", fontsize="medium")
+        for color, width, name in zip(("C2", "C3", "C4"), landmarks(curve), ("minimum", "peak", "largest")):
+            passes = found[f"{curve}-{width}"].config["evaluate_after"]
+            band(axes[2, column], passes, during(found, curve, width).T, color, f"{width} ({name})")
+        axes[2, column].set(xscale="log", xlabel="passes")
+        axes[2, column].legend(fontsize="small", title="width")
+    axes[1, 0].set_yscale("log")
+    axes[0, 0].legend(fontsize="small")
+    for axis, label in zip(axes[:, 0], ("error (%)", "cross-entropy", "test error (%)")):
+        axis.set_ylabel(label)
+    for axis in axes.flat:
+        axis.grid(True)
+    return figure
+
+
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("double_descent", __doc__)
@@ -216,6 +396,8 @@ def main(argv=None):
         engine="torch",
         device=args.device,
     )
+    figures.save(plot(read_runs(args.out)), args.out / "double_descent.png")
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":
