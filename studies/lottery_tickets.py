@@ -24,7 +24,6 @@ d, e and f.
 """
 
 import argparse
-import base64
 import collections
 import itertools
 import statistics
@@ -36,9 +35,10 @@ import torch
 import mnist1d_gen
 import utils
 from kernels import build, sparse_mlp
-from records import figures, tables
+from records import figures
 from records import run as runs
-from studies import common, mnist1d
+from records.tables import read_runs
+from studies import common, lottery_page, mnist1d
 
 PAGE = utils.ROOT / "results" / "lottery_tickets" / "README.md"
 SHAPES = mnist1d.mlp_shapes(500)
@@ -194,7 +194,9 @@ def train(config, seed, engine, progress):
                     records.append(facts | runs.evaluation(passes, split, loss, misses, examples.n))
         summary[f"at_{100 * sparsity:.0f}_accuracy"] = 100 - records[-1]["error"]
         if number == TICKET:
-            records.append({"split": "mask", "round": number, "first_layer": pack(masks[0][:, :-1])})
+            records.append(
+                {"split": "mask", "round": number, "first_layer": lottery_page.pack(masks[0][:, :-1])}
+            )
             ticket = masks
     near = [r["error"] for r in records if r["split"] == "test" and 0.88 <= r["sparsity"] <= 0.94]
     if near:
@@ -202,7 +204,7 @@ def train(config, seed, engine, progress):
     if "transfer_steps" in config:
         for record in transfer(config, seed, ticket, engine, progress):
             records.append(record)
-            summary[f"{condition(record)}_accuracy"] = 100 - record["error"]
+            summary[f"{lottery_page.condition(record)}_accuracy"] = 100 - record["error"]
     return [*records, summary]
 
 
@@ -215,13 +217,6 @@ def advance(network, examples, updates, lr, progress):
         except FloatingPointError as error:
             raise utils.RunFailed(f"{error}: training diverged") from error
         progress(now)
-
-
-def condition(record):
-    """What was trained on the new data set, in a word: dense, random, or a ticket's weights and signals."""
-    if record["network"] != "ticket":
-        return record["network"]
-    return f"{record['weights']}_{record['signals'].split()[0]}_ticket"
 
 
 def orders_of_signals(config):
@@ -259,23 +254,9 @@ def work(config):
     return len(config["rounds"]) * in_round + 10 * (config.get("transfer_steps", -1) + 1)
 
 
-# Which weights of the first layer survive
-
-
-def pack(mask):
-    """A boolean matrix (500, 40) as text."""
-    return base64.b85encode(np.packbits(mask).tobytes()).decode()
-
-
-def unpack(text):
-    packed = np.frombuffer(base64.b85decode(text), np.uint8)
-    return np.unpackbits(packed, count=500 * 40).reshape(500, 40).astype(bool)
-
-
-def adjacent(mask, count):
-    """In how many of all windows of `count` points all of a unit's weights survive, as a fraction."""
-    windows = np.lib.stride_tricks.sliding_window_view(mask, count, axis=1)
-    return float(windows.all(axis=2).mean())
+def tables(folder):
+    """The page's tables by the names of their markers, from the runs in a folder."""
+    return lottery_page.tables_of(read_runs(folder))
 
 
 @utils.exit_status
@@ -285,14 +266,14 @@ def main(argv=None):
     args = common.parse(parser, argv)
     common.refuse(parser, args, "data_root", "device")
     torch.set_num_threads(1)
-    engine, found = pick_engine(args.engine), {}
+    engine = pick_engine(args.engine)
     for name, config in CONFIGS.items():
         if args.config not in (None, name):
             continue
         smoke = SMOKE | ({"transfer_steps": 2} if "transfer_steps" in config else {})
         smoke |= {"prune_after": min(config["prune_after"], 1)} if config["prune_after"] else {}
         seeds = min(args.seeds, FEWER_SEEDS.get(name, args.seeds))
-        found |= common.run_configs(
+        common.run_configs(
             argparse.Namespace(**vars(args) | {"seeds": seeds}),
             "lottery_tickets",
             {name: config | smoke if args.smoke else config},
@@ -301,6 +282,11 @@ def main(argv=None):
             work=work,
             engine=engine,
         )
+    if not args.config:
+        found = read_runs(args.out)
+        figures.save(lottery_page.draw(found), args.out / "lottery_tickets.png")
+        figures.save(lottery_page.draw_masks(found), args.out / "masks.png")
+        common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":
