@@ -20,6 +20,7 @@ step. kernels/curve.c interpolates; without a compiler PyTorch does, several tim
 The whole takes about 45 minutes of one core, 20 of them for ten meta-seeds.
 """
 
+import argparse
 import functools
 import sys
 
@@ -29,15 +30,17 @@ import torch.nn.functional as F
 
 import mnist1d_gen
 import utils
+from datasets import sources
 from kernels import build, curve
 from records import figures
 from records import run as runs
 from records.tables import difference, markdown_table, mean_sd, read_runs
-from studies import common, mnist1d
-from studies.metalearn_lr import forward, sample_linear, sample_networks
+from studies import activation_cnn, common, mnist1d
+from studies.metalearn_lr import sample_linear, sample_networks
 
 PAGE = utils.ROOT / "results" / "metalearn_activation" / "README.md"
 SMOKE = {"inner_steps": 3, "outer_steps": 2, "rates": [1e-2], "networks": 2}
+SMOKE |= {"passes": 1, "train_size": 200, "validation_size": 100, "test_size": 200}
 INNER = {
     "data": "mnist1d",
     "num_samples": 10_000,
@@ -83,8 +86,11 @@ CONFIGS = {
     }
 }
 CONFIGS |= {f"original-{name}": {**INNER, "activation": name} for name in ACTIVATIONS}
-FAIR = {**INNER, "rates": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "networks": 10, "validation_data_seed": 43}
+FAIR = {**INNER, "rates": [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2], "networks": 10, "validation_data_seed": 43}
 CONFIGS |= {f"fair-{name}": {**FAIR, "activation": name} for name in (*ACTIVATIONS, "learned")}
+IN_CNN = [name for name in (*ACTIVATIONS, "learned") if name != "hand-fit"]
+CNNS, CNN_SEEDS = ("mnist28", "cifar10"), 5
+CONFIGS |= {f"{data}-{name}": activation_cnn.make_config(data, name) for data in CNNS for name in IN_CNN}
 
 
 # The learned function, as a curve of cubic polynomials
@@ -216,7 +222,8 @@ def with_slopes(function):
         with torch.enable_grad():
             points = points.detach().requires_grad_()
             values = function(points)
-        return values.detach(), torch.autograd.grad(values.sum(), points)[0]
+            slopes = torch.autograd.grad(values.sum(), points)[0]
+        return values.detach(), slopes
 
     return activation
 
@@ -251,7 +258,7 @@ def sample_published(seed, config):
     noise = {"train": [], "test": []}
     for step in range(config["inner_steps"]):
         for split in ("train", "test") if step else ("train",):
-            sizes = [config["meta_hidden"]] * learned + [config["hidden"]]
+            sizes = [config["meta_hidden"], config["hidden"]] if learned else [config["hidden"]]
             own = [config["noise"] * (2 * torch.rand(n, generator=generator) - 1) for n in sizes]
             noise[split].append(own if learned else [torch.zeros(1), *own])
     if learned:  # to plot the function, the notebook evaluates it once more
@@ -354,6 +361,103 @@ def learn(config, seeds, data, progress, engine):
     return records
 
 
+# Training with functions that are fixed
+
+
+def train_original(config, seeds, data, progress):
+    """The notebook's baselines: for each seed its initial network and its noise, one training each."""
+    _, networks, _, (_, noise), (_, noise_of_test) = stack([sample_published(s, config) for s in seeds])
+    batches, x_test, y_test = original_batches(config, data)
+    activation = with_slopes(ACTIVATIONS[config["activation"]])
+    losses, p = train_inner(activation, networks, batches, noise.transpose(1, 2), config["lr"], config)
+    progress(0)
+    found = zip(losses, *original_test(activation, p, noise_of_test, x_test, y_test))
+    return {seed: [original_record(0, *own, config)] for seed, own in zip(seeds, found)}
+
+
+def fair_conditions(config, networks, signals, labels):
+    """Initial networks, noise (networks, hidden, steps) and batches that no meta-learner has seen."""
+    generators = [torch.Generator().manual_seed(10_000 + k) for k in networks]
+    p = sample_networks(generators, config["hidden"])
+    size = config["hidden"], config["inner_steps"]
+    noise = torch.stack([config["noise"] * (2 * torch.rand(size, generator=g) - 1) for g in generators])
+    orders = [np.random.default_rng(10_000 + k).permutation(len(labels)) for k in networks]
+    batches = [make_batches(config, signals, labels, order) for order in orders]
+    return p, noise, [tuple(map(torch.stack, zip(*step))) for step in zip(*batches)]
+
+
+@torch.no_grad()
+def train_fair(config, activation, networks, conditions, splits):
+    """Train networks at every rate: a record of each network, rate and split, without noise in the tests."""
+    p, noise, batches = conditions
+    for lr in config["rates"]:
+        losses, trained = train_inner(activation, p, batches, noise, lr, config)
+
+        def answer(p, x):
+            return mnist1d.linear(p, "out", activation(mnist1d.linear(p, "hidden", x))[0])
+
+        late = losses[:, -config["late"] :].mean(dim=1).tolist()
+        for split in ("validation", "test"):
+            x, y = splits[split]
+            found = zip(networks, late, *mnist1d.evaluate(answer, trained, x, y))
+            for network, late_loss, loss, missed in found:
+                record = runs.evaluation(0, split, loss, sum(missed), len(y))
+                yield record | {"lr": lr, "network": network, "late_loss": late_loss}
+
+
+def last_meta(records, config):
+    """The network of g of the last outer step whose function was kept."""
+    return unplain([record["meta"] for record in records if "meta" in record][-1], config)
+
+
+def evaluate_fairly(config, seeds, learned, splits, engine, progress):
+    """All functions alike: for a fixed one a seed is a network, for the learned ones a meta-seed.
+
+    `learned()` gives the run of the learned ones.
+    """
+    name = config["activation"]
+    groups = [seeds] if name != "learned" else [range(config["networks"])] * len(seeds)
+    records, conditions = {seed: [] for seed in seeds}, None
+    for group, seed in zip(groups, seeds):
+        if conditions is None:
+            conditions = fair_conditions(config, group, *splits["train"])
+        activation = with_slopes(ACTIVATIONS[name]) if name != "learned" else None
+        if name == "learned":
+            run = learned()
+            table = tabulate(last_meta(run.records[seed], run.config), run.config).float()
+            table = table.expand(len(group), -1, -1).contiguous()
+            activation = interpolated(table, run.config["grid"], engine)
+        for record in train_fair(config, activation, group, conditions, splits):
+            records[seed if name == "learned" else record["network"]].append(record)
+        progress(0)
+    return records
+
+
+def chosen_seed(learned):
+    """The meta-seed whose function goes into the CNNs: that with the lowest outer loss in the last step."""
+    last = {seed: own[-1] for seed, own in learned.records.items() if "meta" in own[-1]}
+    return min(last, key=lambda seed: (last[seed]["late_loss"], seed))
+
+
+def in_cnn(config, learned, engine):
+    """The activation of a CNN's config, as a function of one tensor."""
+    if config["activation"] != "learned":
+        return ACTIVATIONS[config["activation"]]
+    run = learned()
+    meta = last_meta(run.records[chosen_seed(run)], run.config)
+    activation = interpolated(tabulate(meta, run.config).float(), run.config["grid"], engine)
+    return lambda x: activation(x[None])[0][0]
+
+
+# What the page shows
+
+
+def curves(found): ...
+
+
+def tables(folder): ...
+
+
 # Running it
 
 
@@ -367,32 +471,69 @@ def choose_engine(args):
     except build.Unavailable as error:
         if args.engine == "c":
             raise utils.BadRequest(f"--engine c: {error}; use --engine torch") from error
-        print(
-            f"The curves are interpolated by PyTorch, which takes several times longer: {error}.",
-            file=sys.stderr,
-        )
+        print(f"PyTorch interpolates the curves, which takes several times longer: {error}.", file=sys.stderr)
         return "torch"
+
+
+def run_part(args, part, engine, data, splits):
+    """Train what is missing of the configs whose names begin with `part`."""
+    names = [name for name in CONFIGS if name.split("-")[0] == part]
+    configs = {name: CONFIGS[name] | SMOKE if args.smoke else CONFIGS[name] for name in names}
+    learned = functools.cache(lambda: runs.read_run(args.out / "learned.jsonl"))
+    digest, work = mnist1d_gen.sha256(data), None
+    if part == "learned":
+        work = lambda config: config["outer_steps"]  # noqa: E731
+        train = functools.partial(learn, data=data, engine=engine)
+    elif part == "original":
+        train = functools.partial(train_original, data=data)
+    elif part == "fair":
+        train = functools.partial(evaluate_fairly, learned=learned, splits=splits, engine=engine)
+    else:
+        args = argparse.Namespace(**vars(args) | {"seeds": min(args.seeds, CNN_SEEDS)})
+        images, digest = activation_cnn.load(part, configs[names[0]], args.data_root)
+        work = lambda config: config["passes"]  # noqa: E731
+
+        def train(config, seeds, progress):
+            return activation_cnn.train(config, seeds, images, in_cnn(config, learned, engine), progress)
+
+    common.run_configs(
+        args,
+        "metalearn_activation",
+        configs,
+        lambda config, seeds, progress: train(config, seeds, progress=progress),
+        digest,
+        work=work,
+        together=True,
+        engine=engine,
+    )
 
 
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("metalearn_activation", __doc__, seeds=10)
+    parts = "learned", "original", "fair", *CNNS
+    parser.add_argument(
+        "--parts", nargs="+", choices=parts, default=parts,
+        help="train only these configs, by the first word of their names (default: all)",
+    )  # fmt: skip
     args = common.parse(parser, argv)
     common.refuse(parser, args, "device")
     torch.set_num_threads(1)
-    engine = choose_engine(args)
-    data = mnist1d_gen.make_dataset(num_samples=INNER["num_samples"])
-    configs = {name: config | SMOKE if args.smoke else config for name, config in CONFIGS.items()}
-    common.run_configs(
-        args,
-        "metalearn_activation",
-        {"learned": configs["learned"]},
-        lambda config, seeds, progress: learn(config, seeds, data, progress, engine),
-        mnist1d_gen.sha256(data),
-        work=lambda config: config["outer_steps"],
-        together=True,
-        engine=engine,
-    )
+    data, engine = mnist1d_gen.make_dataset(num_samples=INNER["num_samples"]), choose_engine(args)
+    other = mnist1d_gen.make_dataset(num_samples=INNER["num_samples"], seed=FAIR["validation_data_seed"])
+    splits = {
+        "train": mnist1d.as_tensors(data["x"], data["y"]),
+        "validation": mnist1d.as_tensors(other["x_test"], other["y_test"]),
+        "test": mnist1d.as_tensors(data["x_test"], data["y_test"]),
+    }
+    for part in args.parts:
+        try:
+            run_part(args, part, engine, data, splits)
+        except sources.Unavailable as error:
+            print(f"The CNNs of {part} are left out: {error}", file=sys.stderr)
+    if set(args.parts) == set(parts):
+        figures.save(curves(read_runs(args.out)), args.out / "metalearn_activation.png")
+        common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":
