@@ -23,6 +23,7 @@ The learning rate, the number of passes and the range of widths were chosen at n
 
 import itertools
 import math
+import statistics
 import sys
 
 import numpy as np
@@ -31,7 +32,9 @@ import torch.nn.functional as F
 
 import mnist1d_gen
 import utils
+from records import figures
 from records import run as runs
+from records.tables import confidence_interval, difference, markdown_table, mean_sd, read_runs
 from studies import common, mnist1d
 
 LOSSES = {"mse": "squared error", "nll": "log-likelihood"}
@@ -49,6 +52,7 @@ COUNTS = {
 GRID = {(loss, 2): range(-3, 4) for loss in LOSSES}  # 10^-0.3 to 10^0.3
 GRID |= {(loss, k): range(*ends) for loss, ends in (("mse", (-3, 3)), ("nll", (-4, 2))) for k in (5, 10)}
 PASSES = {500: 900, 1000: 640, 2000: 450, 4000: 320}  # so that all n come about as near to their end
+NUM_SAMPLES = 25_000  # of which four fifths are training examples
 GROUP = 1000  # hidden units that are trained as one batch: their activations fit a core's cache
 PAGE = utils.ROOT / "results" / "interpolation" / "README.md"
 
@@ -67,7 +71,7 @@ def make_config(loss, n, labels, cells, passes):
     """Every number that decides the result of one loss and n, for several K and their widths (`cells`)."""
     return {
         "data": "mnist1d",
-        "num_samples": 25_000,  # four fifths of them for training
+        "num_samples": NUM_SAMPLES,
         "loss": loss,
         "n": n,
         "labels": labels,
@@ -291,6 +295,238 @@ def threshold(records, loss, criterion):
     return math.sqrt(ordered[failing[-1]]["parameters"] * ordered[failing[-1] + 1]["parameters"])
 
 
+def peak(records, quantity):
+    """The record of the width that rises highest above the lowest value of a narrower one, or None."""
+    best, lowest, highest = None, math.inf, 0
+    for record in sorted(records, key=lambda record: record["parameters"]):
+        if record[quantity] - lowest > highest:
+            best, highest = record, record[quantity] - lowest
+        lowest = min(lowest, record[quantity])
+    return best
+
+
+# What the page shows
+
+
+def records_of(run, classes, split="train"):
+    """seed -> the records of one K and split."""
+    return {
+        seed: [r for r in own if r["classes"] == classes and r["split"] == split]
+        for seed, own in sorted(run.records.items())
+    }
+
+
+def thresholds(found, loss, criterion, n, classes, ending=""):
+    """P* of every seed, or None where it is not within the widths that were tried."""
+    own = records_of(found[f"{loss}-{n}{ending}"], classes)
+    return [threshold(records, loss, criterion) for records in own.values()]
+
+
+def mean_or_none(values):
+    """The geometric mean, if there is a value for each seed."""
+    return None if None in values else statistics.geometric_mean(values)
+
+
+def exponents(found, loss, criterion):
+    """(b, c) of log P* = a + b log n + c log K for each seed, by least squares over its twelve cells."""
+    cells = list(itertools.product(SIZES, CLASSES))
+    columns = [thresholds(found, loss, criterion, n, k) for n, k in cells]
+    design = np.array([(1, math.log(n), math.log(k)) for n, k in cells])
+    rows = [row for row in zip(*columns) if None not in row]
+    return [tuple(np.linalg.lstsq(design, np.log(row), rcond=None)[0][1:]) for row in rows]
+
+
+READINGS = list(itertools.product(LOSSES, CRITERIA))
+
+
+def threshold_table(found):
+    """P* of every cell: the mean over seeds and its standard deviation, and P* / n K."""
+    rows = []
+    for (loss, criterion), k in itertools.product(READINGS, CLASSES):
+        cells = []
+        for n in SIZES:
+            values = [value for value in thresholds(found, loss, criterion, n, k) if value is not None]
+            missing = len(found[f"{loss}-{n}"].records) - len(values)
+            text = f"{statistics.fmean(values):,.0f}" if values else "-"
+            text += f" ± {statistics.stdev(values):,.0f}" if len(values) > 1 else ""
+            cells.append(text + f" ({missing} not found)" * bool(missing))
+        rows.append((LOSSES[loss], CRITERIA[criterion], k, *cells))
+    return markdown_table(["loss", "fits", "K", *(f"n = {n:,}" for n in SIZES)], rows, left=2)
+
+
+def exponent_table(found):
+    """The exponents of n and K, with 95% intervals over seeds, beside the claim's."""
+    rows = []
+    for loss, criterion in READINGS:
+        fitted = exponents(found, loss, criterion)
+        cells = [difference(values, ".2f") for values in zip(*fitted)] if fitted else ["-", "-"]
+        claimed = {"mse": "1 and 1", "nll": "1 and 0"}[loss]
+        rows.append((LOSSES[loss], CRITERIA[criterion], claimed, *cells, len(fitted)))
+    head = ["loss", "fits", "claim: b and c", "b, of n", "c, of K", "seeds"]
+    return markdown_table(head, rows, left=2)
+
+
+def ratio_table(found):
+    """P* over each count: the lowest and the highest cell, and how many times the one is the other."""
+    rows = []
+    for loss, criterion in READINGS:
+        cells = []
+        for count in COUNTS.values():
+            means = [
+                (mean_or_none(thresholds(found, loss, criterion, n, k)), count(n, k))
+                for n, k in itertools.product(SIZES, CLASSES)
+            ]
+            ratios = [mean / number for mean, number in means if mean]
+            low, high = (min(ratios), max(ratios)) if ratios else (math.nan, math.nan)
+            cells.append(f"{low:.2f} to {high:.2f} (x {high / low:.1f})" if ratios else "-")
+        rows.append((LOSSES[loss], CRITERIA[criterion], *cells))
+    return markdown_table(["loss", "fits", *(f"P* / {name}" for name in COUNTS)], rows, left=2)
+
+
+def budget_table(found):
+    """By what P* is multiplied where the passes are doubled, n = 500: geometric mean over seeds."""
+    rows = []
+    for loss, criterion in READINGS:
+        cells = []
+        for k in CLASSES:
+            pair = (thresholds(found, loss, criterion, 500, k, ending) for ending in ("", "-long"))
+            logs = [math.log(longer / usual) for usual, longer in zip(*pair) if usual and longer]
+            ends = confidence_interval(logs) if len(logs) > 1 else ()
+            text = f"{math.exp(statistics.fmean(logs)):.2f}" if logs else "-"
+            cells.append(text + (" ({:.2f} to {:.2f})".format(*map(math.exp, ends)) if ends else ""))
+        rows.append((LOSSES[loss], CRITERIA[criterion], *cells))
+    return markdown_table(["loss", "fits", *(f"K = {k}" for k in CLASSES)], rows, left=2)
+
+
+def peak_table(found):
+    """Where test loss and test error peak with noisy labels, beside the thresholds of the same networks."""
+    rows = []
+    for loss, k in itertools.product(LOSSES, CLASSES):
+        run = found[f"{loss}-noisy"]
+        n, train, test = run.config["n"], *(records_of(run, k, split) for split in ("train", "test"))
+        cells = []
+        for quantity in "loss", "error":
+            peaks = [peak(records, quantity) for records in test.values()]
+            places = [record["parameters"] for record in peaks if record]
+            if places:
+                place = statistics.geometric_mean(places)
+                ends = f"{min(places):,} to {max(places):,}"
+                cells += [f"{place:,.0f} ({ends})"]
+                cells += [f"{place / n:.2f}", f"{place / (n * k):.2f}"] if quantity == "loss" else []
+            else:
+                cells += ["-"] * (3 if quantity == "loss" else 1)
+        for criterion in CRITERIA:
+            mean = mean_or_none([threshold(records, loss, criterion) for records in train.values()])
+            cells.append(f"{mean:,.0f}" if mean else "-")
+        rows.append((LOSSES[loss], k, *cells))
+    head = ["loss", "K", "test loss peaks at P", "P / n", "P / n K", "test error peaks at P"]
+    return markdown_table([*head, *(f"P*, {words}" for words in CRITERIA.values())], rows)
+
+
+def table_2020(found):
+    """Our test loss at the widths nearest to those of the points that were read off the figure of 2020."""
+    row, run, rows = utils.reference("mnist1d")["double-descent-2020-mlp"], found["figure-2020"], []
+    train, test = (records_of(run, 10, split) for split in ("train", "test"))
+    for what, parameters, published in zip(row["points"], row["parameters"], row["test_losses"]):
+        nearest = min(test[min(test)], key=lambda record: abs(record["parameters"] - parameters))["width"]
+        losses = [
+            [record["loss"] for own in records.values() for record in own if record["width"] == nearest]
+            for records in (test, train)
+        ]
+        count = f"{parameters_of(nearest, 10):,}"
+        rows.append((what, f"{parameters:,}", published, count, *(mean_sd(values) for values in losses)))
+    head = [
+        "point",
+        "parameters",
+        "test loss, published",
+        "our parameters",
+        "our test loss",
+        "our training loss",
+    ]
+    return markdown_table(head, rows)
+
+
+def draw_thresholds(found):
+    """P* against n for each K: a row for each loss, a column for each reading of "fits"."""
+    figure, axes = figures.subplots(2, 2, figsize=(10, 8), sharex=True)
+    for axis, (loss, criterion) in zip(axes.flat, READINGS):
+        for number, k in enumerate(CLASSES):
+            colour, values = f"C{number}", [thresholds(found, loss, criterion, n, k) for n in SIZES]
+            means = [mean_or_none(own) or math.nan for own in values]
+            for n, own in zip(SIZES, values):
+                shown = [value for value in own if value is not None]
+                axis.plot([n] * len(shown), shown, ".", color=colour, alpha=0.4)
+            axis.plot(SIZES, means, "o-", color=colour, label=f"K = {k}")
+            if loss == "mse":
+                axis.plot(SIZES, [n * k for n in SIZES], "--", color=colour, linewidth=1)
+        if loss == "nll":
+            axis.plot(SIZES, SIZES, "--", color="0.5", linewidth=1)
+        axis.set(xscale="log", yscale="log", title=f"{LOSSES[loss]}: {CRITERIA[criterion]}", xticks=SIZES)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_minor_formatter("")
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.grid(True, which="both", alpha=0.5)
+    for axis, label in zip(axes[:, 0], ("n K", "n")):
+        axis.set_ylabel(f"parameters that fit, P*; dashed: {label}, as claimed")
+        axis.legend(title="mean, and each seed", fontsize="small")
+    for axis in axes[1]:
+        axis.set_xlabel("training examples n, random labels")
+    return figure
+
+
+def draw_peaks(found):
+    """Test loss against the number of parameters: noisy labels, and the figure of 2020."""
+    figure, axes = figures.subplots(1, 3, figsize=(13, 4.2))
+    for axis, loss in zip(axes, LOSSES):
+        n = found[f"{loss}-noisy"].config["n"]
+        for number, k in enumerate(CLASSES):
+            draw_curve(axis, records_of(found[f"{loss}-noisy"], k, "test"), f"C{number}", f"K = {k}")
+            if loss == "mse":
+                axis.axvline(n * k, color=f"C{number}", linestyle="--", linewidth=1)
+        if loss == "nll":
+            axis.axvline(n, color="0.5", linestyle="--", linewidth=1)
+        claim = {"mse": "n K", "nll": "n"}[loss]
+        axis.set(title=f"{LOSSES[loss]}, n = {n:,}, 15% noise; dashed: {claim}")
+    run, row = found["figure-2020"], utils.reference("mnist1d")["double-descent-2020-mlp"]
+    for split, colour in ("train", "C1"), ("test", "C0"):
+        draw_curve(axes[2], records_of(run, 10, split), colour, split)
+    axes[2].plot(row["parameters"], row["test_losses"], "x--", color="0.5", label="test, published")
+    axes[2].axvline(run.config["n"], color="0.5", linestyle="--", linewidth=1)
+    axes[2].set(title=f"log-likelihood, n = {run.config['n']:,}, K = 10, clean", ylim=(0, None))
+    axes[0].set_ylabel("test loss (units of the variance)")
+    axes[1].set_ylabel("test loss (nats)")
+    axes[2].set_ylabel("loss (nats)")
+    for axis in axes:
+        axis.set(xscale="log", xlabel="parameters")
+        axis.grid(True)
+        axis.legend(
+            fontsize="small", title=f"mean ± sd, n = {len(run.records)} seeds", title_fontsize="small"
+        )
+    return figure
+
+
+def draw_curve(axis, records, colour, label):
+    """The loss against the number of parameters: mean ± standard deviation over seeds."""
+    places = [record["parameters"] for record in records[min(records)]]
+    losses = np.array([[record["loss"] for record in own] for own in records.values()])
+    mean, sd = losses.mean(axis=0), losses.std(axis=0, ddof=len(losses) > 1)
+    axis.fill_between(places, mean - sd, mean + sd, color=colour, alpha=0.25, linewidth=0)
+    axis.plot(places, mean, ".-", color=colour, label=label)
+
+
+def tables(folder):
+    """The page's tables by the names of their markers, from the runs in a folder."""
+    found = read_runs(folder)
+    return {
+        "exponents": exponent_table(found),
+        "ratios": ratio_table(found),
+        "thresholds": threshold_table(found),
+        "budget": budget_table(found),
+        "peaks": peak_table(found),
+        "figure-2020": table_2020(found),
+    }
+
+
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("interpolation", __doc__)
@@ -300,9 +536,8 @@ def main(argv=None):
     common.refuse(parser, args, "device", "data_root")
     torch.set_num_threads(1)
     configs = {name: smoke(config) if args.smoke else config for name, config in CONFIGS.items()}
-    arguments = {"num_samples": configs["figure-2020"]["num_samples"]}
-    data = mnist1d_gen.make_dataset(**arguments)
-    common.run_configs(
+    data = mnist1d_gen.make_dataset(num_samples=NUM_SAMPLES)
+    found = common.run_configs(
         args,
         "interpolation",
         configs,
@@ -312,6 +547,9 @@ def main(argv=None):
         together=True,
         engine="torch",
     )
+    figures.save(draw_thresholds(found), args.out / "thresholds.png")
+    figures.save(draw_peaks(found), args.out / "peaks.png")
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":
