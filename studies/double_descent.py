@@ -230,35 +230,33 @@ def largest_rise(errors):
     return np.unravel_index(rises.argmax(), rises.shape)
 
 
-def descent_table(found):
-    """Peak and second descent of each curve, in points of test error, paired over seeds.
+def descent_table(found, quantity="error", form="+.1f"):
+    """Peak and second descent of each curve's test error or loss, paired over seeds.
 
     At the published widths, and where the mean of the other seeds rises most: a seed has no part in choosing
     the widths that it is measured at.
     """
-    head = ("curve", "first minimum, peak", "", "errors there and at the largest", "peak - minimum")
+    head = "curve", "minimum, peak", "", "there and at the largest"
+    head += "peak - minimum", "peak - largest", "largest - minimum"
     rows = []
     for curve, (_, title) in CURVES.items():
-        widths, errors = WIDTHS[curve.split("-")[0]], final(found, curve, "test", "error")
-        seeds, places = range(errors.shape[1]), [widths.index(width) for width in landmarks(curve)]
-        printed = published_values(curve, "test_error")
-        shown = [*([printed[width]] for width in landmarks(curve))]
-        chosen = [largest_rise(np.delete(errors, s, axis=1).mean(axis=1)) if len(seeds) > 1 else places[:2]
-                  for s in seeds]  # fmt: skip
-        other = [
-            [errors[places[k], s] for s, places in enumerate([*c, -1] for c in chosen)] for k in range(3)
-        ]
-        names = " / ".join(sorted({f"{widths[low]}, {widths[high]}" for low, high in chosen}))
-        where = f"{landmarks(curve)[0]}, {landmarks(curve)[1]}"
-        for width, kind, (low, high, last) in (
-            (where, "published", np.array(shown)),
-            (where, "ours", errors[places]),
-            (names, "ours, chosen by the other seeds", np.array(other)),
-        ):
-            cells = [difference(pair) for pair in (high - low, high - last, last - low)]
-            values = " / ".join(f"{each.mean():.1f}" for each in (low, high, last))
-            rows.append((title, width, kind, values, *cells))
-    return markdown_table((*head, "peak - largest", "largest - minimum"), rows, left=3)
+        widths, ours = WIDTHS[curve.split("-")[0]], final(found, curve, "test", quantity)
+        low, peak, last = landmarks(curve)
+        printed, seeds = published_values(curve, f"test_{quantity}"), range(ours.shape[1])
+        others = [np.delete(ours, seed, axis=1) if len(seeds) > 1 else ours for seed in seeds]
+        chosen = [(*largest_rise(other.mean(axis=1)), -1) for other in others]
+        own = ours[np.array(chosen).T, seeds]  # (3 places, seeds)
+        names = " / ".join(dict.fromkeys(f"{widths[i]}, {widths[j]}" for i, j, _ in sorted(chosen)))
+        lines = [(f"{low}, {peak}", "ours", ours[[widths.index(width) for width in (low, peak, last)]])]
+        lines += [(names, "ours, chosen by the other seeds", own)]
+        if {low, peak, last} <= printed.keys():
+            found_there = np.array([[printed[width]] for width in (low, peak, last)])
+            lines.insert(0, (f"{low}, {peak}", "published", found_there))
+        for where, whose, three in lines:
+            differences = three[1] - three[0], three[1] - three[2], three[2] - three[0]
+            means = " / ".join(f"{mean:{form.lstrip('+')}}" for mean in three.mean(axis=1))
+            rows.append((title, where, whose, means, *(difference(pair, form) for pair in differences)))
+    return markdown_table(head, rows, left=3)
 
 
 def inside(value, ours):
@@ -274,18 +272,19 @@ def curve_table(found, curve):
         ("train", "error", ".1f", published_values(curve, "train_error")),
         ("test", "loss", ".2f", published_values(curve, "test_loss")),
     ]
-    head, rows = ["width", "parameters"], []
+    head, rows, judged = ["width", "parameters"], [], []
     for split, quantity, _, _ in columns:
         head += [f"published {split} {quantity}", "ours", ""]
     for place, width in enumerate(WIDTHS[curve.split("-")[0]]):
         cells = []
         for split, quantity, form, printed in columns:
             ours = final(found, curve, split, quantity)[place].tolist()
-            enough = width in printed and len(ours) > 1
-            cells += [printed.get(width, ""), mean_sd(ours, form)]
-            cells += [inside(printed[width], ours) if enough else ""]
+            verdict = inside(printed[width], ours) if width in printed and len(ours) > 1 else ""
+            judged += [verdict] * bool(verdict)
+            cells += [printed.get(width, ""), mean_sd(ours, form), verdict]
         rows.append((width, f"{parameters_of(curve, width):,}", *cells))
-    return markdown_table(head, rows)
+    summary = f"{judged.count('inside')} of {len(judged)} published numbers are inside."
+    return f"{markdown_table(head, rows)}\n\n{summary}"
 
 
 def threshold_table(found):
@@ -334,7 +333,8 @@ def time_table(found):
 def tables(folder):
     """The page's tables by the names of their markers, from the runs in a folder."""
     found = read_runs(folder)
-    shown = {"descent": descent_table(found), "thresholds": threshold_table(found)}
+    shown = {"descent": descent_table(found), "losses": descent_table(found, "loss", "+.2f")}
+    shown["thresholds"] = threshold_table(found)
     shown |= {curve: curve_table(found, curve) for curve in CURVES}
     return shown | {"passes": passes_table(found), "times": time_table(found)}
 

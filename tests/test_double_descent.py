@@ -288,6 +288,10 @@ def test_the_table_of_the_descent(fake_runs):
     rise = f"+32.0 ({32 - reach:+.1f} to {32 + reach:+.1f})"
     for line in (line for line in lines[2:] if "ours" in line and "CNN" not in line):
         assert "| 16, 47 |" in line and f"| 21.0 / 53.0 / 30.0 | {rise} |" in line
+    for line in double_descent.descent_table(fake_runs, "loss", "+.2f").splitlines()[2:]:
+        assert line.endswith(
+            "| 1.00 / 1.00 / 1.00 | +0.00 (+0.00 to +0.00) |" + 2 * " +0.00 (+0.00 to +0.00) |"
+        )
     assert "| published | 47.2 / 54.0 / 45.5 | +6.8 | +8.5 | -1.7 |" in lines[2]
 
 
@@ -347,7 +351,7 @@ def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
     run = runs.read_run(tmp_path / "out" / "cnn-noisy-18.jsonl")
     assert run.config == double_descent.CONFIGS["cnn-noisy-18"] | double_descent.SMOKE
     assert double_descent.main(flags) == 0
-    assert capsys.readouterr().out == first.stdout and len(first.stdout.split("\n\n")) == 7
+    assert capsys.readouterr().out == first.stdout and len(first.stdout.split("\n\n")) == 11
     assert {path: path.read_bytes() for path in found} == found
 
 
