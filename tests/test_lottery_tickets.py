@@ -13,7 +13,9 @@ from torch import nn
 import mnist1d_gen
 import utils
 from kernels import build, sparse_mlp
+from records import run as runs
 from records import tables
+from studies import lottery_page as page
 from studies import lottery_tickets as study
 
 generate = functools.cache(mnist1d_gen.make_dataset)
@@ -289,7 +291,7 @@ def test_the_conditions_of_the_transfer(scripted):
         assert same == (record["network"] == "ticket")
         assert (mask[1].mean() == 1) == (record["network"] == "dense")
         assert record["misses"] == 5 and record["pass"] == 5 * 500 // 4000
-    names = [f"{study.condition(record)}_accuracy" for record in transferred]
+    names = [f"{page.condition(record)}_accuracy" for record in transferred]
     assert len(set(names)) == 10 and set(names) < set(records[-1]) and records[-1]["split"] == "test"
     signals = study.orders_of_signals(config)
     assert signals["reversed"].tolist() == list(range(39, -1, -1))
@@ -338,17 +340,143 @@ def test_a_trial_does_not_depend_on_the_others(tmp_path):
 def test_adjacent_weights_are_counted_in_all_windows():
     mask = np.zeros((2, 6), bool)
     mask[0, 1:5] = True
-    assert study.adjacent(mask, 2) == 3 / 10 and study.adjacent(mask, 3) == 2 / 8
-    assert study.adjacent(mask, 4) == 1 / 6
+    assert page.adjacent(mask, 2) == 3 / 10 and page.adjacent(mask, 3) == 2 / 8
+    assert page.adjacent(mask, 4) == 1 / 6
     random = np.random.default_rng(0).random((20_000, 40)) < 0.3
     for count in (2, 3, 4):
-        assert study.adjacent(random, count) == pytest.approx(0.3**count, rel=0.03)
+        assert page.adjacent(random, count) == pytest.approx(0.3**count, rel=0.03)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("by_unit", [False, True])
+def test_both_levels_of_chance_are_those_of_permuted_masks(by_unit):
+    """All weights permuted, or those of each unit by themselves; half of the units have few weights."""
+    generator = np.random.default_rng(3)
+    mask = generator.random((500, 40)) < np.repeat([0.05, 0.4], 250)[:, None]
+    counted = {2: [], 3: []}
+    for _ in range(60):
+        if by_unit:
+            permuted = generator.permuted(mask, axis=1)
+        else:
+            permuted = generator.permutation(mask.flatten()).reshape(mask.shape)
+        for count, own in counted.items():
+            own.append(page.adjacent(permuted, count))
+    for count, own in counted.items():
+        expected = page.adjacent_by_chance(mask, count, by_unit)
+        assert abs(np.mean(own) - expected) < 4 * np.std(own) / 60**0.5
+        assert abs(expected / page.adjacent_by_chance(mask, count, not by_unit) - 1) > 0.3
+
+
+@pytest.mark.quick
+def test_the_published_count_is_the_notebooks():
+    """Products of shifted masks, added up, by 40 points; of four, the last is the random mask's."""
+    generator = np.random.default_rng(4)
+    ticket, random = (generator.random((500, 40)) < 0.3 for _ in range(2))
+    shifted = [ticket[:, k : 37 + k].astype(float) for k in range(3)] + [random[:, 3:].astype(float)]
+    four = np.mean((shifted[0] * shifted[1] * shifted[2] * shifted[3]).sum(axis=1) / 40)
+    assert page.adjacent_as_coded(ticket, random, 4) == pytest.approx(four)
+    assert page.adjacent_as_coded(ticket, random, 4) != page.adjacent_as_coded(ticket, ticket, 4)
+    two = np.mean((ticket[:, :-1] & ticket[:, 1:]).sum(axis=1) / 40)
+    assert page.adjacent_as_coded(ticket, random, 2) == pytest.approx(two)
+    assert page.adjacent(ticket, 2) == pytest.approx(two * 40 / 39)
+
+
+@pytest.mark.quick
+def test_a_distance_that_is_preferred_is_found():
+    mask = np.random.default_rng(5).random((2000, 40)) < 0.05
+    assert page.at_distance(mask, 7) == pytest.approx(1, abs=0.1)
+    mask[:, 7:] |= mask[:, :-7]
+    assert page.at_distance(mask, 7) > 3 and page.at_distance(mask, 5) == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.quick
 def test_a_mask_comes_back_from_its_text():
     mask = np.random.default_rng(0).random((500, 40)) < 0.08
-    assert np.array_equal(study.unpack(study.pack(mask)), mask)
+    assert np.array_equal(page.unpack(page.pack(mask)), mask)
+
+
+# The page
+
+
+def fake_run(name, misses, seeds=3):
+    """A run whose accuracy after a round is 100 - misses / 10 - 0.1 seed - the round's number / 10."""
+    run = runs.Run(f"{name}.jsonl", "lottery_tickets", {}, "")
+    for seed in range(seeds):
+        own = run.records[seed] = []
+        for number in (0, 50, 91):
+            facts = {"round": number, "sparsity": number / 99, "kept": [1, 2, 3]}
+            own.append(facts | runs.evaluation(1, "test", 1.0, misses + seed + number, 1000))
+        mask = np.zeros((500, 40), bool)
+        mask[:, : 4 + seed] = True
+        own.append({"split": "mask", "round": 91, "first_layer": page.pack(mask)})
+        if name == "step-1000":
+            for place, (network, weights, signals) in enumerate(CONDITIONS):
+                evaluation = runs.evaluation(1, "test", 1.0, 300 + 10 * place + seed * (place % 2), 1000)
+                own.append({"network": network, "weights": weights, "signals": signals, **evaluation})
+    return run
+
+
+CONDITIONS = [("dense", "own", "original"), ("random", "own", "original")]
+CONDITIONS += [("ticket", weights, signals) for weights in study.WEIGHTS for signals in study.SIGNALS]
+
+
+@pytest.fixture(scope="module")
+def fake_runs():
+    misses = {"step-1000": 300, "last-step": 310, "random": 400, "all-rounds": 290}
+    return {name: fake_run(name, own) for name, own in misses.items()}
+
+
+@pytest.mark.quick
+def test_the_tables_of_pruning(fake_runs):
+    lines = page.pruning_table(fake_runs).splitlines()
+    cells = "60.8 ± 0.1 | 59.8 ± 0.1 | 61.8 ± 0.1 | 50.8 ± 0.1"
+    assert lines[-1] == f"| 91.9 | 6 | {cells} | 73.0 73.9 75.6 74.4 | 60.5 63.6 60.6 61.8 |"
+    lines = page.difference_table(fake_runs).splitlines()
+    cell = "-9.1 (-9.1 to -9.1)"
+    assert lines[-1] == f"| 91.9 | {' | '.join(4 * [cell])} | -1.0 (-1.0 to -1.0) |"
+
+
+@pytest.mark.quick
+def test_the_tables_of_the_transfer(fake_runs):
+    """A condition's misses grow by 10 from one to the next; those of odd ones also with the seed."""
+    lines = page.transfer_table(fake_runs).splitlines()
+    assert lines[2].startswith("| dense | 70.0 ± 0.0 |  |  | 63.5 64.6 64.5 64.5 64.0 | 64.2")
+    assert "| own original ticket | 68.0 ± 0.0 | -2.0 (-2.0 to -2.0) | 0 of 3 | 70.6 | - |" in lines
+    reach = 4.302653 * 0.1 / 3**0.5  # Student's t with two degrees of freedom
+    more = f"-3.1 ({-3.1 - reach:+.1f} to {-3.1 + reach:+.1f})"
+    assert f"| own reversed ticket | 66.9 ± 0.1 | {more} | 0 of 3 | 68.8 | - |" in lines
+    assert any(line.startswith("| new original ticket |") and "67.2 | 65.8 65.5" in line for line in lines)
+    contrasts = page.contrast_table(fake_runs).splitlines()
+    assert contrasts[2].startswith("| original | +4.0 (+4.0 to +4.0) |") and len(contrasts) == 6
+
+
+@pytest.mark.quick
+def test_the_table_of_adjacent_weights(fake_runs):
+    """The masks keep the first 4, 5 and 6 of 40 points of every unit."""
+    lines = page.adjacent_table(fake_runs).splitlines()
+    two = [10_000 * kept / 39 for kept in (3, 4, 5)]
+    assert f" {tables.mean_sd(two, '.0f')} " in lines[2] and lines[2].endswith("| 86 93 | 72 56 |")
+    assert lines[-1].endswith("| 105 | 16 |") and len(lines) == 6
+
+
+@pytest.mark.quick
+def test_the_committed_runs_are_complete():
+    found = tables.read_runs(study.PAGE.parent)
+    assert found.keys() == study.CONFIGS.keys(), "run python -m studies.lottery_tickets"
+    for name, run in found.items():
+        run.require("lottery_tickets", study.CONFIGS[name], mnist1d_gen.sha256(generate()))
+        assert list(run.records) == list(range(study.FEWER_SEEDS.get(name, 10)))
+        for records in run.records.values():
+            rounds = [(r["round"], r["split"]) for r in records if "kept" in r]
+            splits = ("train", "test")
+            assert rounds == [(number, split) for number in run.config["rounds"] for split in splits]
+
+
+def test_a_smoke_run_draws_and_tabulates(tmp_path):
+    done = run_study("lottery_tickets", "--smoke", "--seeds", 2, "--threads", 2, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {"lottery_tickets.png", "masks.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert "| own original ticket |" in done.stdout and "| units without input |" in done.stdout
 
 
 # The flags
