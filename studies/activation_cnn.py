@@ -88,7 +88,8 @@ def choose_rate(config, splits, activation, progress):
         passes = config["choosing_passes"]
         for _, _, p in train_passes(config, config["choosing_seed"], lr, passes, splits["train"], activation):
             progress(0)
-        found = evaluate(p, splits["validation"], activation)
+            trained = p
+        found = evaluate(trained, splits["validation"], activation)
         n = len(splits["validation"][1])
         records.append(runs.evaluation(passes, "validation", *found, n) | {"lr": lr})
     return min(records, key=lambda record: (record["misses"], record["lr"]))["lr"], records

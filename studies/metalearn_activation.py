@@ -13,10 +13,8 @@ What would refute it: with initial networks and orders of the examples that no m
 rate of each function chosen on validation signals, the learned functions are less than 5 points above the
 best of these three (95% interval over ten meta-seeds); or in the CNN they are best, or last.
 
-What makes it fast. g depends on one number, so it is evaluated once per outer step on a grid, and the inner
-training interpolates (cubic Hermite polynomials, of which one derivative is needed for the inner gradient and
-two for the outer one). The noise that the notebook also adds inside g only shifts g by a constant in each
-step. kernels/curve.c interpolates; without a compiler PyTorch does, several times slower.
+The method is in studies/learned_activation.py: it interpolates the learned function on a grid, in C where
+there is a compiler. The CNN is in studies/activation_cnn.py.
 The whole takes about 45 minutes of one core, 20 of them for ten meta-seeds.
 """
 
@@ -31,12 +29,28 @@ import torch.nn.functional as F
 import mnist1d_gen
 import utils
 from datasets import sources
-from kernels import build, curve
+from kernels import build
 from records import figures
 from records import run as runs
 from records.tables import difference, markdown_table, mean_sd, read_runs
 from studies import activation_cnn, common, mnist1d
-from studies.metalearn_lr import sample_linear, sample_networks
+from studies.learned_activation import (
+    curve_in_c,
+    evaluate_learned,
+    interpolated,
+    learn,
+    make_batches,
+    original_batches,
+    original_record,
+    original_test,
+    sample_published,
+    stack,
+    tabulate,
+    train_inner,
+    unplain,
+    with_slopes,
+)
+from studies.metalearn_lr import sample_networks
 
 PAGE = utils.ROOT / "results" / "metalearn_activation" / "README.md"
 SMOKE = {"inner_steps": 3, "outer_steps": 2, "rates": [1e-2], "networks": 2}
@@ -81,7 +95,7 @@ CONFIGS = {
         "outer_steps": 301,
         "outer_lr": 0.3,
         "clamp": 0.1,
-        "grid": [-32, 32, 64],  # from, to, cells in a unit
+        "grid": [-32, 32, 128],  # from, to, cells in a unit
         "kept_steps": [0, 20, 100, 300],  # outer steps whose function is kept
     }
 }
@@ -91,274 +105,6 @@ CONFIGS |= {f"fair-{name}": {**FAIR, "activation": name} for name in (*ACTIVATIO
 IN_CNN = [name for name in (*ACTIVATIONS, "learned") if name != "hand-fit"]
 CNNS, CNN_SEEDS = ("mnist28", "cifar10"), 5
 CONFIGS |= {f"{data}-{name}": activation_cnn.make_config(data, name) for data in CNNS for name in IN_CNN}
-
-
-# The learned function, as a curve of cubic polynomials
-
-
-class Interpolate(torch.autograd.Function):
-    """Values and slopes of curves at points; the gradient of the coefficients is added to `gradient`.
-
-    The definition; `InterpolateInC` is the same, faster. `coefficients` is (replicas, cells, 4).
-    """
-
-    @staticmethod
-    def forward(ctx, points, coefficients, gradient, grid):
-        low, _, density = grid
-        replicas, cells, _ = coefficients.shape
-        position = (points - low) * density
-        cell = position.clamp(0, cells - 1).long()
-        u = position - cell
-        rows = (cell.flatten(1) + cells * torch.arange(replicas)[:, None]).flatten()
-        c0, c1, c2, c3 = coefficients.flatten(0, 1)[rows].unbind(1)
-        c0, c1, c2, c3 = (c.view_as(u) for c in (c0, c1, c2, c3))
-        slopes = (c1 + u * (2 * c2 + 3 * u * c3)) * density
-        ctx.save_for_backward(u, rows, slopes, (2 * c2 + 6 * u * c3) * density**2)
-        ctx.gradient, ctx.density = gradient, density
-        return c0 + u * (c1 + u * (c2 + u * c3)), slopes
-
-    @staticmethod
-    def backward(ctx, of_values, of_slopes):
-        u, rows, slopes, curvatures = ctx.saved_tensors
-        if ctx.gradient is not None:
-            powers = torch.stack([torch.ones_like(u), u, u**2, u**3], dim=-1)
-            derivatives = torch.stack([torch.zeros_like(u), torch.ones_like(u), 2 * u, 3 * u**2], dim=-1)
-            added = of_values[..., None] * powers + ctx.density * of_slopes[..., None] * derivatives
-            ctx.gradient.view(-1, 4).index_add_(0, rows, added.reshape(-1, 4))
-        return of_values * slopes + of_slopes * curvatures, None, None, None
-
-
-class InterpolateInC(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, points, coefficients, gradient, grid):
-        points = points.contiguous()
-        ctx.save_for_backward(points, coefficients)
-        ctx.gradient = torch.zeros_like(coefficients) if gradient is None else gradient
-        ctx.kernel = curve_in_c(grid[0], grid[2])
-        return ctx.kernel.forward(coefficients, points)
-
-    @staticmethod
-    def backward(ctx, of_values, of_slopes):
-        points, coefficients = ctx.saved_tensors
-        gradients = of_values.contiguous(), of_slopes.contiguous()
-        return ctx.kernel.backward(coefficients, points, *gradients, ctx.gradient), None, None, None
-
-
-@functools.cache
-def curve_in_c(low, density):
-    return curve.Curve(low, density)
-
-
-def sample_learned(generator, config):
-    """The network of g, as the notebook samples it: [hidden weight, hidden bias, out weight, out bias]."""
-    hidden = config["meta_hidden"]
-    return [*sample_linear(generator, 1, hidden), *sample_linear(generator, hidden, 1)]
-
-
-def evaluate_learned(meta, x, config):
-    """The learned functions of networks `meta` (replicas, ...) at points x (n,), and their slopes."""
-    w1, b1, w2, b2 = meta
-    h = (w1 * x + b1).tanh()
-    slopes = (w2 * w1.transpose(1, 2)) @ (1 - h * h)
-    values, slopes = (config["meta_scale"] * each[:, 0] for each in (w2 @ h + b2, slopes))
-    return F.elu(x) + values, torch.where(x > 0, torch.ones_like(x), x.exp()) + slopes
-
-
-def tabulate(meta, config):
-    """The coefficients (replicas, cells, 4) of the cubic Hermite polynomials of the learned functions.
-
-    The first and the last cell are straight lines, which go on beyond the grid. All in double precision:
-    the curvature of a cell is a small difference of large values.
-    """
-    low, high, density = config["grid"]
-    nodes = torch.linspace(low, high, (high - low) * density + 1, dtype=torch.float64)
-    values, slopes = evaluate_learned([tensor.double() for tensor in meta], nodes, config)
-    slopes = slopes / density
-    rise, left, right = values.diff(dim=1), slopes[:, :-1], slopes[:, 1:]
-    inner = torch.zeros(len(nodes) - 1, dtype=nodes.dtype)
-    inner[1:-1] = 1
-    third = (left + right - 2 * rise) * inner
-    second = (3 * rise - 2 * left - right) * inner
-    return torch.stack([values[:, :-1], rise - second - third, second, third], dim=2)
-
-
-# Training with an activation, which can be differentiated
-
-
-def train_inner(activation, p, batches, shifts, lr, config):
-    """RMSprop-like training of networks p (replicas, ...): the losses (replicas, steps) and the parameters.
-
-    `activation(points)` returns values and slopes; `shifts` (replicas, hidden, steps) are added to its
-    values. The inner gradient is written out, so that the losses can be differentiated once more.
-    """
-    squares, losses = {name: torch.ones_like(tensor) for name, tensor in p.items()}, []
-    for (x, y), shift in zip(batches, shifts.unbind(2)):
-        x = x.expand(len(p["out_bias"]), -1, -1)
-        values, slopes = activation(mnist1d.linear(p, "hidden", x))
-        h = values + shift[:, :, None]
-        log_p = mnist1d.linear(p, "out", h).log_softmax(dim=1)
-        losses.append(-(log_p * y).sum(dim=1).mean(dim=1))
-        of_out = (log_p.exp() - y) / x.shape[2]
-        of_hidden = (p["out_weight"].transpose(1, 2) @ of_out) * slopes
-        gradients = {
-            "hidden_weight": of_hidden @ x.transpose(1, 2),
-            "hidden_bias": of_hidden.sum(dim=2, keepdim=True),
-            "out_weight": of_out @ h.transpose(1, 2),
-            "out_bias": of_out.sum(dim=2, keepdim=True),
-        }
-        keep = config["mean_square"]
-        squares = {name: keep * squares[name] + (1 - keep) * g * g for name, g in gradients.items()}
-        p = {
-            name: p[name] - lr * g / (squares[name].sqrt() + config["epsilon"])
-            for name, g in gradients.items()
-        }
-    return torch.stack(losses, dim=1), p
-
-
-def with_slopes(function):
-    """An activation that returns values and slopes, of a function for which autograd knows the slopes."""
-
-    def activation(points):
-        with torch.enable_grad():
-            points = points.detach().requires_grad_()
-            values = function(points)
-            slopes = torch.autograd.grad(values.sum(), points)[0]
-        return values.detach(), slopes
-
-    return activation
-
-
-def interpolated(coefficients, grid, engine, gradient=None):
-    """The activation of a table of coefficients, whose gradient is added to `gradient`."""
-    interpolate = InterpolateInC if engine == "c" else Interpolate
-    return lambda points: interpolate.apply(points, coefficients, gradient, grid)
-
-
-def make_batches(config, signals, labels, order=None):
-    """Signals (40, n) and one-hot labels (10, n) of each inner step, in the stored or in another order."""
-    order, size = np.arange(len(labels)) if order is None else order, config["batch_size"]
-    firsts = [step * size % len(labels) for step in range(config["inner_steps"])]
-    rows = [torch.from_numpy(order[first : first + size]) for first in firsts]
-    one_hot = F.one_hot(labels, 10).T.to(signals.dtype)
-    return [(signals[:, own].contiguous(), one_hot[:, own].contiguous()) for own in rows]
-
-
-def sample_published(seed, config):
-    """All that the notebook samples after torch.manual_seed(seed), in its order.
-
-    Returns the network of g; the initial networks of the first and of all other outer steps; and the noise
-    within g and that of the hidden units, each (steps, units) of training and (units,) of the last test. The
-    notebook evaluates after every step but the first, and that takes noise, too. Without an activation to be
-    learned, neither g nor its noise is sampled.
-    """
-    generator, learned = torch.Generator().manual_seed(seed), "meta_hidden" in config
-    meta = sample_learned(generator, config) if learned else None
-    first = sample_networks([generator], config["hidden"])
-    generator.manual_seed(seed)
-    noise = {"train": [], "test": []}
-    for step in range(config["inner_steps"]):
-        for split in ("train", "test") if step else ("train",):
-            sizes = [config["meta_hidden"], config["hidden"]] if learned else [config["hidden"]]
-            own = [config["noise"] * (2 * torch.rand(n, generator=generator) - 1) for n in sizes]
-            noise[split].append(own if learned else [torch.zeros(1), *own])
-    if learned:  # to plot the function, the notebook evaluates it once more
-        torch.rand(config["meta_hidden"], generator=generator)
-    later = sample_networks([generator], config["hidden"])
-    inner, outer = (torch.stack(each) for each in zip(*noise["train"]))
-    return meta, first, later, (inner, outer), noise["test"][-1]
-
-
-def original_batches(config, data, dtype=torch.float32):
-    """The batches of the notebook, and the first 500 test examples, which it evaluates."""
-    x, y = (torch.tensor(data[name]) for name in ("x", "y"))
-    batches = make_batches(config, x.T.to(dtype), y)
-    return batches, torch.tensor(data["x_test"][:500].T, dtype=dtype), torch.tensor(data["y_test"][:500])
-
-
-@torch.no_grad()
-def original_test(activation, p, shift, x, y):
-    """The test loss of each network and how many examples it misses, with noise, as in the notebook."""
-    values, _ = activation(mnist1d.linear(p, "hidden", x.expand(len(p["out_bias"]), -1, -1)))
-    logits = mnist1d.linear(p, "out", values + shift[:, :, None])
-    return mnist1d.cross_entropy(logits, y).tolist(), (logits.argmax(dim=1) != y).sum(dim=1).tolist()
-
-
-def original_record(step, losses, test_loss, missed, config, n=500):
-    """The record of one network in the notebook's reading: its test error, and its losses in training."""
-    passes = config["inner_steps"] * config["batch_size"] * 10 // (config["num_samples"] * 8)
-    record = {"step": step} | runs.evaluation(passes, "test", test_loss, missed, n)
-    late = losses[-config["late"] :].mean().item()
-    return record | {"late_loss": late, "mean_loss": losses.mean().item(), "final_loss": losses[-1].item()}
-
-
-def stack(samples):
-    """What sample_published gives for each seed, as tensors (replicas, ...)."""
-    metas, firsts, laters, noises, tests = zip(*samples)
-    metas = [torch.stack(each) for each in zip(*metas)] if metas[0] is not None else None
-    firsts, laters = ({k: torch.cat([p[k] for p in each]) for k in each[0]} for each in (firsts, laters))
-    noises, tests = ([torch.stack(each) for each in zip(*both)] for both in (noises, tests))
-    return metas, firsts, laters, noises, tests
-
-
-def meta_gradient(meta, p, noises, batches, config, engine):
-    """The outer loss of each replica, its gradient with respect to `meta`, and what training came to."""
-    meta = [tensor.detach().requires_grad_() for tensor in meta]
-    p = {name: tensor.detach().requires_grad_() for name, tensor in p.items()}
-    leaves = list(p.values())  # asked for, too, or the backward pass would leave out the curves of step 0
-    coefficients = tabulate(meta, config).to(meta[0].dtype)
-    table, of_table = coefficients.detach(), torch.zeros_like(coefficients)
-    activation = interpolated(table, config["grid"], engine, of_table)
-    inner, outer = noises  # (replicas, steps, units)
-    constants = config["meta_scale"] * (meta[2] @ inner.transpose(1, 2))  # (replicas, 1, steps)
-    shifts = outer.transpose(1, 2) + constants
-    losses, p = train_inner(activation, p, batches, shifts, config["lr"], config)
-    loss = losses[:, -config["late"] :].mean(dim=1)
-    from_constants = torch.autograd.grad(loss.sum(), [meta[2], *leaves])[0]
-    gradients = list(torch.autograd.grad(coefficients, meta, of_table))
-    gradients[2] = gradients[2] + from_constants
-    p = {name: tensor.detach() for name, tensor in p.items()}
-    return loss.detach(), gradients, losses.detach(), p, activation
-
-
-def plain(meta, replica):
-    """The numbers of a replica's g as a list, with all digits that float32 has."""
-    numbers = torch.cat([tensor[replica].flatten() for tensor in meta]).tolist()
-    return [float(f"{number:.9g}") for number in numbers]
-
-
-def unplain(numbers, config):
-    """The network of g (1, ...) of such a list."""
-    hidden = config["meta_hidden"]
-    w1, b1, w2, b2 = torch.tensor(numbers).split([hidden, hidden, hidden, 1])
-    return [w1.view(1, hidden, 1), b1.view(1, hidden, 1), w2.view(1, 1, hidden), b2.view(1, 1, 1)]
-
-
-def learn(config, seeds, data, progress, engine):
-    """Learn an activation for each seed, as the notebook does: seed -> a record of each outer step."""
-    meta, first, later, noises, (inner_test, outer_test) = stack([sample_published(s, config) for s in seeds])
-    batches, x_test, y_test = original_batches(config, data)
-    records = {seed: [] for seed in seeds}
-    for step in range(config["outer_steps"]):
-        p = later if step else first
-        _, gradients, losses, p, activation = meta_gradient(meta, p, noises, batches, config, engine)
-        shift = outer_test + config["meta_scale"] * (meta[2] @ inner_test[:, :, None])[:, 0]
-        test_losses, missed = original_test(activation, p, shift, x_test, y_test)
-        norms = sum(
-            g.clamp(-config["clamp"], config["clamp"]).square().flatten(1).sum(dim=1) for g in gradients
-        )
-        for k, own in enumerate(records.values()):
-            if len(own) < step or not losses[k].isfinite().all():
-                continue  # this replica has diverged, and its records end there
-            record = original_record(step, losses[k], test_losses[k], missed[k], config)
-            own.append(record | {"squared_norm": norms[k].item()})
-            if step in config["kept_steps"] or step == config["outer_steps"] - 1:
-                own[-1]["meta"] = plain(meta, k)
-        meta = [
-            tensor - config["outer_lr"] * g.clamp(-config["clamp"], config["clamp"])
-            for tensor, g in zip(meta, gradients)
-        ]
-        progress(len(seeds))
-    return records
 
 
 # Training with functions that are fixed
@@ -452,10 +198,222 @@ def in_cnn(config, learned, engine):
 # What the page shows
 
 
-def curves(found): ...
+def fair_values(run, lr, what="error", split="test"):
+    """`what` of every function and network at a rate: (functions, networks); a fixed function is one."""
+    rows = {}
+    for seed, own in run.records.items():
+        function = seed if run.config["activation"] == "learned" else None
+        for record in own:
+            if (record["split"], record["lr"]) == (split, lr):
+                rows.setdefault(function, {})[record["network"]] = record[what]
+    return np.array([[row[network] for network in sorted(row)] for row in rows.values()])
 
 
-def tables(folder): ...
+def chosen_rates(run):
+    """The rate of each function with the lowest validation error, averaged over its networks."""
+    errors = [fair_values(run, lr, split="validation").mean(axis=1) for lr in run.config["rates"]]
+    return [run.config["rates"][k] for k in np.argmin(errors, axis=0)]
+
+
+def at_chosen(run, what="error"):
+    """As fair_values, each function at its own rate."""
+    each = {lr: fair_values(run, lr, what) for lr in set(chosen_rates(run))}
+    return np.array([each[lr][k] for k, lr in enumerate(chosen_rates(run))])
+
+
+def over_functions(values):
+    """The text mean ± sd: over the functions where there are several, else over the networks of the one."""
+    return mean_sd((values.mean(axis=1) if len(values) > 1 else values[0]).tolist(), ".2f")
+
+
+def fair_table(found):
+    """All functions alike: accuracy at the published rate, at the chosen one, and what the learned gain."""
+    rows, ours = [], found["fair-learned"]
+    for name in ("learned", *ACTIVATIONS):
+        run = found[f"fair-{name}"]
+        rates, lr = chosen_rates(run), run.config["lr"]
+        words = ", ".join(
+            f"{rate:g}" + f" ({rates.count(rate)})" * (len(rates) > 1) for rate in sorted(set(rates))
+        )
+        cells = [100 - fair_values(run, lr), 100 - at_chosen(run), at_chosen(run, "late_loss")]
+        cells = [over_functions(cell) for cell in cells]
+        row = [name, cells[0], words, cells[1], cells[2]]
+        for gain in (fair_values(run, lr) - fair_values(ours, lr), at_chosen(run) - at_chosen(ours)):
+            row.append("" if name == "learned" else difference(gain.mean(axis=1).tolist()))
+        row.append("" if name == "learned" else difference(gain.mean(axis=0).tolist()))
+        rows.append((100 - at_chosen(run).mean(), row))
+    head = ["activation", f"accuracy at {INNER['lr']:g}", "chosen rate", "accuracy at it", "late loss at it"]
+    head += [
+        f"learned minus it, at {INNER['lr']:g}",
+        "learned minus it, at chosen rates",
+        "same, over networks",
+    ]
+    return markdown_table(head, [row for _, row in sorted(rows, key=lambda pair: -pair[0])])
+
+
+def original_table(found):
+    """The notebook's reading: one network of torch.manual_seed(0), 500 test examples, noise in the tests."""
+    rows, reference = [], utils.reference("mnist1d")
+    for name in ("learned", *ACTIVATIONS):
+        row = reference.get("activation" if name == "learned" else f"activation-{name}", {})
+        run = found["learned" if name == "learned" else f"original-{name}"]
+        last = {record["seed"]: record for record in run.final("test")}
+        cells = []
+        for what, form in (("mean_loss", ".3f"), ("late_loss", ".3f"), ("accuracy", ".1f")):
+            values = {s: 100 - r["error"] if what == "accuracy" else r[what] for s, r in last.items()}
+            cells += [row.get({"accuracy": "test_accuracy"}.get(what, what), "")]
+            cells += [f"{values[0]:{form}}" if 0 in values else "-", mean_sd([*values.values()], form)]
+        rows.append((name, *cells, len(last)))
+    head = ["activation"]
+    for what in "mean of 301 losses", "mean of the last 200", "test accuracy":
+        head += [f"{what}: published", "ours, same", "ours, all seeds"]
+    return markdown_table([*head, "n"], rows)
+
+
+def progress_table(found):
+    """Outer loss and accuracy while the function is learned, in the notebook's reading."""
+    row, rows = utils.reference("mnist1d")["activation"], []
+    for step, loss, accuracy in zip(row["trace_steps"], row["trace_loss"], row["trace_accuracy"]):
+        at = {s: own[step] for s, own in found["learned"].records.items() if len(own) > step}
+        losses, accuracies = [r["late_loss"] for r in at.values()], [100 - r["error"] for r in at.values()]
+        if at:
+            same = [f"{at[0]['late_loss']:.4f}", f"{100 - at[0]['error']:.1f}"] if 0 in at else ["-", "-"]
+            rows.append(
+                (step, loss, same[0], mean_sd(losses, ".3f"), accuracy, same[1], mean_sd(accuracies, ".1f"))
+            )
+    head = ["outer step", "outer loss: published", "ours, same network", "ours, all meta-seeds"]
+    return markdown_table(
+        [*head, "test accuracy: published", "ours, same network", "ours, all meta-seeds"], rows
+    )
+
+
+def learned_curves(run, points):
+    """The learned functions at the points, by meta-seed: those of the last outer step that kept them."""
+    metas = {seed: last_meta(own, run.config) for seed, own in run.records.items()}
+    return {seed: evaluate_learned(meta, points, run.config)[0][0].numpy() for seed, meta in metas.items()}
+
+
+def shape_table(found):
+    """Where the learned functions have their bump and their dip."""
+    row, points = utils.reference("mnist1d")["activation-shape"], torch.linspace(-6, 3, 901)
+    shapes = {}
+    for seed, values in learned_curves(found["learned"], points).items():
+        dip = 400 + int(values[400:].argmin())  # from -2 on
+        bump = int(values[:dip].argmax())
+        shapes[seed] = [points[bump].item(), values[bump], points[dip].item(), values[dip]]
+    rows = []
+    for k, name in enumerate(("bump_at", "bump_height", "dip_at", "dip_height")):
+        every = [float(shape[k]) for shape in shapes.values()]
+        same = f"{shapes[0][k]:.2f}" if 0 in shapes else "-"
+        rows.append(
+            (name.replace("_", " "), row[name], same, mean_sd(every), f"{min(every):.2f} to {max(every):.2f}")
+        )
+    return markdown_table(("", "published", "ours, same network", "ours, all meta-seeds", "min to max"), rows)
+
+
+def cnn_table(found):
+    """The CNNs: losses in the first and in the last pass, test accuracy, and the paired differences."""
+    rows = []
+    for data in CNNS:
+        runs_of = {name: found[f"{data}-{name}"] for name in IN_CNN if f"{data}-{name}" in found}
+        tests = {name: {r["seed"]: r for r in run.final("test")} for name, run in runs_of.items()}
+        for name in sorted(tests, key=lambda name: np.mean([r["error"] for r in tests[name].values()])):
+            trained = [
+                [r["mean_loss"] for r in own if r["split"] == "train"]
+                for own in runs_of[name].records.values()
+            ]
+            gaps = (
+                [r["error"] - tests["learned"][s]["error"] for s, r in tests[name].items()]
+                if "learned" in tests
+                else []
+            )
+            first, last = (mean_sd([own[k] for own in trained], ".3f") for k in (0, -1))
+            accuracy = mean_sd([100 - r["error"] for r in tests[name].values()])
+            lr = f"{next(iter(tests[name].values()))['lr']:g}"
+            gap = "" if name == "learned" or not gaps else difference(gaps, "+.2f")
+            rows.append((data, name, lr, first, last, accuracy, gap, len(trained)))
+    head = ["data", "activation", "rate", "mean loss of the first pass", "of the last pass", "test accuracy"]
+    return markdown_table([*head, "learned minus it", "n"], rows, left=2)
+
+
+def curves(found):
+    """The learned functions, their progress, the ranking on MNIST-1D, and that of the CNNs."""
+    figure, ((shape, progress), (ranking, cnns)) = figures.subplots(2, 2, figsize=(12, 8.5))
+    points, run = torch.linspace(-5, 5, 401), found["learned"]
+    for seed, values in learned_curves(run, points).items():
+        label = {0: "learned, published initial network", 1: "learned, other meta-seeds"}.get(seed)
+        style = (
+            {"color": "C1", "linewidth": 2.5, "zorder": 3} if seed == 0 else {"color": "C0", "linewidth": 0.8}
+        )
+        shape.plot(points, values, label=label, **style)
+    shape.plot(points, F.elu(points), "--", color="0.4", label="ELU")
+    shape.plot(points, published_fit(points), ":", color="0.1", linewidth=1.5, label="published hand fit")
+    shape.set(
+        xlabel="x", ylabel="f(x)", ylim=(-2.5, 5), title=f"learned functions of {len(run.records)} meta-seeds"
+    )
+    for seed, own in run.records.items():
+        style = (
+            {"color": "C1", "linewidth": 2, "zorder": 3} if seed == 0 else {"color": "C0", "linewidth": 0.6}
+        )
+        progress.plot([record["late_loss"] for record in own], **style)
+    row = utils.reference("mnist1d")["activation"]
+    progress.plot(
+        row["trace_steps"], row["trace_loss"], "x", color="0.3", markersize=8, zorder=4, label="published"
+    )
+    progress.set(
+        xlabel="outer step", ylabel="mean of the last 200 inner losses", title="outer loss while learning"
+    )
+    names = sorted(("learned", *ACTIVATIONS), key=lambda name: at_chosen(found[f"fair-{name}"]).mean())
+    for column, name in enumerate(names):
+        values = 100 - at_chosen(found[f"fair-{name}"])
+        dots = values.mean(axis=1) if len(values) > 1 else values[0]
+        colour = "C1" if name == "learned" else "C0"
+        ranking.plot(column + np.linspace(-0.25, 0.25, len(dots)), dots, "o", color=colour, markersize=4)
+        ranking.plot([column - 0.3, column + 0.3], [dots.mean()] * 2, color=colour)
+        published = utils.reference("mnist1d").get(
+            "activation" if name == "learned" else f"activation-{name}", {}
+        )
+        if "test_accuracy" in published:
+            ends = [column - 0.4, column + 0.4]
+            ranking.plot(ends, [published["test_accuracy"]] * 2, "--", color="0.5", linewidth=1)
+    ranking.set_xticks(range(len(names)), names, fontsize="small", rotation=30)
+    ranking.set(
+        ylabel="test accuracy (%); dashed: published", title="MNIST-1D: new networks and orders, own rates"
+    )
+    places = [name for name in names if name in IN_CNN]
+    for colour, data in enumerate(CNNS):
+        for column, name in enumerate(places):
+            if f"{data}-{name}" not in found or f"{data}-relu" not in found:
+                continue
+            base = {r["seed"]: r["error"] for r in found[f"{data}-relu"].final("test")}
+            gaps = [
+                base[r["seed"]] - r["error"]
+                for r in found[f"{data}-{name}"].final("test")
+                if r["seed"] in base
+            ]
+            beside = column - 0.15 + 0.3 * colour + np.linspace(-0.1, 0.1, len(gaps))
+            label = {"mnist28": "MNIST", "cifar10": "CIFAR-10"}[data] if column == 0 else None
+            cnns.plot(beside, gaps, "os"[colour], color=f"C{colour + 2}", markersize=4, label=label)
+    cnns.axhline(0, color="0.5", linewidth=1)
+    cnns.set_xticks(range(len(places)), places, fontsize="small", rotation=30)
+    cnns.set(ylabel="points of test accuracy above ReLU's", title=f"CNNs, {CNN_SEEDS} seeds")
+    for axis in (shape, progress, ranking, cnns):
+        axis.grid(True)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="small")
+    return figure
+
+
+def tables(folder):
+    """The page's tables by the names of their markers, from the runs in a folder."""
+    found = read_runs(folder)
+    return {
+        "fair": fair_table(found),
+        "original": original_table(found),
+        "progress": progress_table(found),
+        "shape": shape_table(found),
+        "cnns": cnn_table(found),
+    }
 
 
 # Running it

@@ -1,0 +1,287 @@
+"""The activation function that studies/metalearn_activation.py learns, and how it is learned.
+
+What makes it fast. The learned function depends on one number, so it is evaluated once per outer step on a
+grid, and the inner training interpolates it (cubic Hermite polynomials, of which one derivative is needed for
+the inner gradient and two for the outer one), instead of 100 tanh for each of 12,800 units in each step. The
+noise that the notebook also adds inside the learned network only shifts it by a constant in each step.
+
+Tensors are as in studies/mnist1d.py: the first dimension is the replica and the last the example.
+"""
+
+import functools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from kernels import curve
+from records import run as runs
+from studies import mnist1d
+from studies.metalearn_lr import sample_linear, sample_networks
+
+# The learned function, as a curve of cubic polynomials
+
+
+class Interpolate(torch.autograd.Function):
+    """Values and slopes of curves at points; the gradient of the coefficients is added to `gradient`.
+
+    The definition; `InterpolateInC` is the same, faster. `coefficients` is (replicas, cells, 4).
+    """
+
+    @staticmethod
+    def forward(ctx, points, coefficients, gradient, grid):
+        low, _, density = grid
+        replicas, cells, _ = coefficients.shape
+        position = (points - low) * density
+        cell = position.nan_to_num(0).clamp(0, cells - 1).long()  # so that NaN stays NaN in u
+        u = position - cell
+        rows = (cell.flatten(1) + cells * torch.arange(replicas)[:, None]).flatten()
+        c0, c1, c2, c3 = coefficients.flatten(0, 1)[rows].unbind(1)
+        c0, c1, c2, c3 = (c.view_as(u) for c in (c0, c1, c2, c3))
+        slopes = (c1 + u * (2 * c2 + 3 * u * c3)) * density
+        ctx.save_for_backward(u, rows, slopes, (2 * c2 + 6 * u * c3) * density**2)
+        ctx.gradient, ctx.density = gradient, density
+        return c0 + u * (c1 + u * (c2 + u * c3)), slopes
+
+    @staticmethod
+    def backward(ctx, of_values, of_slopes):
+        u, rows, slopes, curvatures = ctx.saved_tensors
+        if ctx.gradient is not None:
+            powers = torch.stack([torch.ones_like(u), u, u**2, u**3], dim=-1)
+            derivatives = torch.stack([torch.zeros_like(u), torch.ones_like(u), 2 * u, 3 * u**2], dim=-1)
+            added = of_values[..., None] * powers + ctx.density * of_slopes[..., None] * derivatives
+            ctx.gradient.view(-1, 4).index_add_(0, rows, added.reshape(-1, 4))
+        return of_values * slopes + of_slopes * curvatures, None, None, None
+
+
+class InterpolateInC(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, points, coefficients, gradient, grid):
+        points = points.contiguous()
+        ctx.save_for_backward(points, coefficients)
+        ctx.gradient = torch.zeros_like(coefficients) if gradient is None else gradient
+        ctx.kernel = curve_in_c(grid[0], grid[2])
+        return ctx.kernel.forward(coefficients, points)
+
+    @staticmethod
+    def backward(ctx, of_values, of_slopes):
+        points, coefficients = ctx.saved_tensors
+        gradients = of_values.contiguous(), of_slopes.contiguous()
+        return ctx.kernel.backward(coefficients, points, *gradients, ctx.gradient), None, None, None
+
+
+@functools.cache
+def curve_in_c(low, density):
+    return curve.Curve(low, density)
+
+
+def sample_learned(generator, config):
+    """The network of g, as the notebook samples it: [hidden weight, hidden bias, out weight, out bias]."""
+    hidden = config["meta_hidden"]
+    return [*sample_linear(generator, 1, hidden), *sample_linear(generator, hidden, 1)]
+
+
+def evaluate_learned(meta, x, config):
+    """The learned functions of networks `meta` (replicas, ...) at points x (n,), and their slopes."""
+    w1, b1, w2, b2 = meta
+    h = (w1 * x + b1).tanh()
+    slopes = (w2 * w1.transpose(1, 2)) @ (1 - h * h)
+    values, slopes = (config["meta_scale"] * each[:, 0] for each in (w2 @ h + b2, slopes))
+    return F.elu(x) + values, torch.where(x > 0, torch.ones_like(x), x.exp()) + slopes
+
+
+def tabulate(meta, config):
+    """The coefficients (replicas, cells, 4) of the cubic Hermite polynomials of the learned functions.
+
+    The first and the last cell are straight lines, which go on beyond the grid. All in double precision:
+    the curvature of a cell is a small difference of large values.
+    """
+    low, high, density = config["grid"]
+    nodes = torch.linspace(low, high, (high - low) * density + 1, dtype=torch.float64)
+    values, slopes = evaluate_learned([tensor.double() for tensor in meta], nodes, config)
+    slopes = slopes / density
+    rise, left, right = values.diff(dim=1), slopes[:, :-1], slopes[:, 1:]
+    inner = torch.zeros(len(nodes) - 1, dtype=nodes.dtype)
+    inner[1:-1] = 1
+    third = (left + right - 2 * rise) * inner
+    second = (3 * rise - 2 * left - right) * inner
+    return torch.stack([values[:, :-1], rise - second - third, second, third], dim=2)
+
+
+# Training with an activation, which can be differentiated
+
+
+def train_inner(activation, p, batches, shifts, lr, config):
+    """RMSprop-like training of networks p (replicas, ...): the losses (replicas, steps) and the parameters.
+
+    `activation(points)` returns values and slopes; `shifts` (replicas, hidden, steps) are added to its
+    values. The inner gradient is written out, so that the losses can be differentiated once more.
+    """
+    squares, losses = {name: torch.ones_like(tensor) for name, tensor in p.items()}, []
+    for (x, y), shift in zip(batches, shifts.unbind(2)):
+        x = x.expand(len(p["out_bias"]), -1, -1)
+        values, slopes = activation(mnist1d.linear(p, "hidden", x))
+        h = values + shift[:, :, None]
+        log_p = mnist1d.linear(p, "out", h).log_softmax(dim=1)
+        losses.append(-(log_p * y).sum(dim=1).mean(dim=1))
+        of_out = (log_p.exp() - y) / x.shape[2]
+        of_hidden = (p["out_weight"].transpose(1, 2) @ of_out) * slopes
+        gradients = {
+            "hidden_weight": of_hidden @ x.transpose(1, 2),
+            "hidden_bias": of_hidden.sum(dim=2, keepdim=True),
+            "out_weight": of_out @ h.transpose(1, 2),
+            "out_bias": of_out.sum(dim=2, keepdim=True),
+        }
+        keep = config["mean_square"]
+        squares = {name: keep * squares[name] + (1 - keep) * g * g for name, g in gradients.items()}
+        p = {
+            name: p[name] - lr * g / (squares[name].sqrt() + config["epsilon"])
+            for name, g in gradients.items()
+        }
+    return torch.stack(losses, dim=1), p
+
+
+def with_slopes(function):
+    """An activation that returns values and slopes, of a function for which autograd knows the slopes."""
+
+    def activation(points):
+        with torch.enable_grad():
+            points = points.detach().requires_grad_()
+            values = function(points)
+            slopes = torch.autograd.grad(values.sum(), points)[0]
+        return values.detach(), slopes
+
+    return activation
+
+
+def interpolated(coefficients, grid, engine, gradient=None):
+    """The activation of a table of coefficients, whose gradient is added to `gradient`."""
+    interpolate = InterpolateInC if engine == "c" else Interpolate
+    return lambda points: interpolate.apply(points, coefficients, gradient, grid)
+
+
+def make_batches(config, signals, labels, order=None):
+    """Signals (40, n) and one-hot labels (10, n) of each inner step, in the stored or in another order."""
+    order, size = np.arange(len(labels)) if order is None else order, config["batch_size"]
+    firsts = [step * size % len(labels) for step in range(config["inner_steps"])]
+    rows = [torch.from_numpy(order[first : first + size]) for first in firsts]
+    one_hot = F.one_hot(labels, 10).T.to(signals.dtype)
+    return [(signals[:, own].contiguous(), one_hot[:, own].contiguous()) for own in rows]
+
+
+def sample_published(seed, config):
+    """All that the notebook samples after torch.manual_seed(seed), in its order.
+
+    Returns the network of g; the initial networks of the first and of all other outer steps; and the noise
+    within g and that of the hidden units, each (steps, units) of training and (units,) of the last test. The
+    notebook evaluates after every step but the first, and that takes noise, too. Without an activation to be
+    learned, neither g nor its noise is sampled.
+    """
+    generator, learned = torch.Generator().manual_seed(seed), "meta_hidden" in config
+    meta = sample_learned(generator, config) if learned else None
+    first = sample_networks([generator], config["hidden"])
+    generator.manual_seed(seed)
+    noise = {"train": [], "test": []}
+    for step in range(config["inner_steps"]):
+        for split in ("train", "test") if step else ("train",):
+            sizes = [config["meta_hidden"], config["hidden"]] if learned else [config["hidden"]]
+            own = [config["noise"] * (2 * torch.rand(n, generator=generator) - 1) for n in sizes]
+            noise[split].append(own if learned else [torch.zeros(1), *own])
+    if learned:  # to plot the function, the notebook evaluates it once more
+        torch.rand(config["meta_hidden"], generator=generator)
+    later = sample_networks([generator], config["hidden"])
+    inner, outer = (torch.stack(each) for each in zip(*noise["train"]))
+    return meta, first, later, (inner, outer), noise["test"][-1]
+
+
+def original_batches(config, data, dtype=torch.float32):
+    """The batches of the notebook, and the first 500 test examples, which it evaluates."""
+    x, y = (torch.tensor(data[name]) for name in ("x", "y"))
+    batches = make_batches(config, x.T.to(dtype), y)
+    return batches, torch.tensor(data["x_test"][:500].T, dtype=dtype), torch.tensor(data["y_test"][:500])
+
+
+@torch.no_grad()
+def original_test(activation, p, shift, x, y):
+    """The test loss of each network and how many examples it misses, with noise, as in the notebook."""
+    values, _ = activation(mnist1d.linear(p, "hidden", x.expand(len(p["out_bias"]), -1, -1)))
+    logits = mnist1d.linear(p, "out", values + shift[:, :, None])
+    return mnist1d.cross_entropy(logits, y).tolist(), (logits.argmax(dim=1) != y).sum(dim=1).tolist()
+
+
+def original_record(step, losses, test_loss, missed, config, n=500):
+    """The record of one network in the notebook's reading: its test error, and its losses in training."""
+    passes = config["inner_steps"] * config["batch_size"] * 10 // (config["num_samples"] * 8)
+    record = {"step": step} | runs.evaluation(passes, "test", test_loss, missed, n)
+    late = losses[-config["late"] :].mean().item()
+    return record | {"late_loss": late, "mean_loss": losses.mean().item(), "final_loss": losses[-1].item()}
+
+
+def stack(samples):
+    """What sample_published gives for each seed, as tensors (replicas, ...)."""
+    metas, firsts, laters, noises, tests = zip(*samples)
+    metas = [torch.stack(each) for each in zip(*metas)] if metas[0] is not None else None
+    firsts, laters = ({k: torch.cat([p[k] for p in each]) for k in each[0]} for each in (firsts, laters))
+    noises, tests = ([torch.stack(each) for each in zip(*both)] for both in (noises, tests))
+    return metas, firsts, laters, noises, tests
+
+
+def meta_gradient(meta, p, noises, batches, config, engine):
+    """The outer loss of each replica, its gradient with respect to `meta`, and what training came to."""
+    meta = [tensor.detach().requires_grad_() for tensor in meta]
+    p = {name: tensor.detach().requires_grad_() for name, tensor in p.items()}
+    leaves = list(p.values())  # asked for, too, or the backward pass would leave out the curves of step 0
+    coefficients = tabulate(meta, config).to(meta[0].dtype)
+    table, of_table = coefficients.detach(), torch.zeros_like(coefficients)
+    activation = interpolated(table, config["grid"], engine, of_table)
+    inner, outer = noises  # (replicas, steps, units)
+    constants = config["meta_scale"] * (meta[2] @ inner.transpose(1, 2))  # (replicas, 1, steps)
+    shifts = outer.transpose(1, 2) + constants
+    losses, p = train_inner(activation, p, batches, shifts, config["lr"], config)
+    loss = losses[:, -config["late"] :].mean(dim=1)
+    from_constants = torch.autograd.grad(loss.sum(), [meta[2], *leaves])[0]
+    gradients = list(torch.autograd.grad(coefficients, meta, of_table))
+    gradients[2] = gradients[2] + from_constants
+    p = {name: tensor.detach() for name, tensor in p.items()}
+    return loss.detach(), gradients, losses.detach(), p, activation
+
+
+def plain(meta, replica):
+    """The numbers of a replica's g as a list, with all digits that float32 has."""
+    numbers = torch.cat([tensor[replica].flatten() for tensor in meta]).tolist()
+    return [float(f"{number:.9g}") for number in numbers]
+
+
+def unplain(numbers, config):
+    """The network of g (1, ...) of such a list."""
+    hidden = config["meta_hidden"]
+    w1, b1, w2, b2 = torch.tensor(numbers).split([hidden, hidden, hidden, 1])
+    return [w1.view(1, hidden, 1), b1.view(1, hidden, 1), w2.view(1, 1, hidden), b2.view(1, 1, 1)]
+
+
+def learn(config, seeds, data, progress, engine):
+    """Learn an activation for each seed, as the notebook does: seed -> a record of each outer step."""
+    meta, first, later, noises, (inner_test, outer_test) = stack([sample_published(s, config) for s in seeds])
+    batches, x_test, y_test = original_batches(config, data)
+    records = {seed: [] for seed in seeds}
+    for step in range(config["outer_steps"]):
+        p = later if step else first
+        _, gradients, losses, p, activation = meta_gradient(meta, p, noises, batches, config, engine)
+        shift = outer_test + config["meta_scale"] * (meta[2] @ inner_test[:, :, None])[:, 0]
+        test_losses, missed = original_test(activation, p, shift, x_test, y_test)
+        norms = sum(
+            g.clamp(-config["clamp"], config["clamp"]).square().flatten(1).sum(dim=1) for g in gradients
+        )
+        for k, own in enumerate(records.values()):
+            if len(own) < step or not losses[k].isfinite().all():
+                continue  # this replica has diverged, and its records end there
+            record = original_record(step, losses[k], test_losses[k], missed[k], config)
+            own.append(record | {"squared_norm": norms[k].item()})
+            if step in config["kept_steps"] or step == config["outer_steps"] - 1:
+                own[-1]["meta"] = plain(meta, k)
+        meta = [
+            tensor - config["outer_lr"] * g.clamp(-config["clamp"], config["clamp"])
+            for tensor, g in zip(meta, gradients)
+        ]
+        progress(len(seeds))
+    return records
