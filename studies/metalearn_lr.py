@@ -289,7 +289,7 @@ def cost_table(found):
     return markdown_table(("seeds differ in", "rate", "above the best of each seed", "largest"), rows)
 
 
-def published_table(found):
+def trace_table(found):
     """Every published number beside our seed 0, which is the published network, and the other networks."""
     rows = []
     for start, lr in STARTS.items():
@@ -321,7 +321,7 @@ def tables(folder):
         "learned": learned_table(found),
         "grid": grid_table(found),
         "cost": cost_table(found),
-        "published": published_table(found),
+        "trace": trace_table(found),
     }
 
 
