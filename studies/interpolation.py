@@ -96,13 +96,15 @@ def thresholds_config(loss, n, passes):
 PEAK_COUNTS = [1000 * 10 ** (step / 6) for step in range(-4, 9)]  # 215 to 21,544 parameters
 WIDTHS_2020 = [10, 20, 30, 40, 50, 70, 110, 150, 190, 230, 310, 430]
 CONFIGS = {
-    **{f"{loss}-{n}": thresholds_config(loss, n, PASSES[n]) for n in SIZES for loss in LOSSES},
+    **{f"{loss}-{n}": thresholds_config(loss, n, PASSES[n]) for n in SIZES[:3] for loss in LOSSES},
     **{f"{loss}-{n}-long": thresholds_config(loss, n, 2 * PASSES[n]) for n in (500,) for loss in LOSSES},
     **{
         f"{loss}-noisy": make_config(loss, 1000, "noisy", [make_cell(k, PEAK_COUNTS) for k in CLASSES], 200)
         for loss in LOSSES
     },
     "figure-2020": make_config("nll", 10_000, "clean", [{"classes": 10, "widths": WIDTHS_2020}], 60),
+    # The longest come last.
+    **{f"{loss}-4000": thresholds_config(loss, 4000, PASSES[4000]) for loss in ("nll", "mse")},
 }
 
 
@@ -322,11 +324,6 @@ def thresholds(found, loss, criterion, n, classes, ending=""):
     return [threshold(records, loss, criterion) for records in own.values()]
 
 
-def mean_or_none(values):
-    """The geometric mean, if there is a value for each seed."""
-    return None if None in values else statistics.geometric_mean(values)
-
-
 def exponents(found, loss, criterion):
     """(b, c) of log P* = a + b log n + c log K for each seed, by least squares over its twelve cells."""
     cells = list(itertools.product(SIZES, CLASSES))
@@ -339,110 +336,115 @@ def exponents(found, loss, criterion):
 READINGS = list(itertools.product(LOSSES, CRITERIA))
 
 
-def threshold_table(found):
-    """P* of every cell: the mean over seeds and its standard deviation, and P* / n K."""
-    rows = []
-    for (loss, criterion), k in itertools.product(READINGS, CLASSES):
-        cells = []
-        for n in SIZES:
-            values = [value for value in thresholds(found, loss, criterion, n, k) if value is not None]
-            missing = len(found[f"{loss}-{n}"].records) - len(values)
-            text = f"{statistics.fmean(values):,.0f}" if values else "-"
-            text += f" ± {statistics.stdev(values):,.0f}" if len(values) > 1 else ""
-            cells.append(text + f" ({missing} not found)" * bool(missing))
-        rows.append((LOSSES[loss], CRITERIA[criterion], k, *cells))
-    return markdown_table(["loss", "fits", "K", *(f"n = {n:,}" for n in SIZES)], rows, left=2)
+def reading_table(head, cells_of, rows=READINGS):
+    """A table with a row for each loss and each reading of "fits"."""
+    lines = [(LOSSES[loss], CRITERIA[criterion], *cells_of(loss, criterion)) for loss, criterion in rows]
+    return markdown_table(["loss", "fits", *head], lines, left=2)
 
 
 def exponent_table(found):
     """The exponents of n and K, with 95% intervals over seeds, beside the claim's."""
-    rows = []
-    for loss, criterion in READINGS:
+
+    def cells(loss, criterion):
         fitted = exponents(found, loss, criterion)
-        cells = [difference(values, ".2f") for values in zip(*fitted)] if fitted else ["-", "-"]
-        claimed = {"mse": "1 and 1", "nll": "1 and 0"}[loss]
-        rows.append((LOSSES[loss], CRITERIA[criterion], claimed, *cells, len(fitted)))
-    head = ["loss", "fits", "claim: b and c", "b, of n", "c, of K", "seeds"]
-    return markdown_table(head, rows, left=2)
+        own = [difference(values, ".2f") for values in zip(*fitted)] or ["-", "-"]
+        return [{"mse": "1 and 1", "nll": "1 and 0"}[loss], *own, len(fitted)]
+
+    return reading_table(["claim: b and c", "b, of n", "c, of K", "seeds"], cells)
+
+
+def threshold_table(found):
+    """P* of every cell: the mean over seeds and its standard deviation."""
+
+    def cell(loss, criterion, n, k):
+        values = thresholds(found, loss, criterion, n, k)
+        own = [value for value in values if value is not None]
+        missing = f" ({len(values) - len(own)} not found)" if len(own) < len(values) else ""
+        return (mean_sd(own, ",.0f") if own else "-") + missing
+
+    rows = [
+        (LOSSES[loss], CRITERIA[criterion], k, *(cell(loss, criterion, n, k) for n in SIZES))
+        for (loss, criterion), k in itertools.product(READINGS, CLASSES)
+    ]
+    return markdown_table(["loss", "fits", "K", *(f"n = {n:,}" for n in SIZES)], rows, left=2)
 
 
 def ratio_table(found):
     """P* over each count: the lowest and the highest cell, and how many times the one is the other."""
-    rows = []
-    for loss, criterion in READINGS:
-        cells = []
+
+    def cells(loss, criterion):
+        means = {}
+        for n, k in itertools.product(SIZES, CLASSES):
+            values = thresholds(found, loss, criterion, n, k)
+            if None not in values:
+                means[n, k] = statistics.geometric_mean(values)
         for count in COUNTS.values():
-            means = [
-                (mean_or_none(thresholds(found, loss, criterion, n, k)), count(n, k))
-                for n, k in itertools.product(SIZES, CLASSES)
-            ]
-            ratios = [mean / number for mean, number in means if mean]
-            low, high = (min(ratios), max(ratios)) if ratios else (math.nan, math.nan)
-            cells.append(f"{low:.2f} to {high:.2f} (x {high / low:.1f})" if ratios else "-")
-        rows.append((LOSSES[loss], CRITERIA[criterion], *cells))
-    return markdown_table(["loss", "fits", *(f"P* / {name}" for name in COUNTS)], rows, left=2)
+            ratios = [mean / count(*cell) for cell, mean in means.items()]
+            spread = (
+                f"{min(ratios):.2f} to {max(ratios):.2f} (x {max(ratios) / min(ratios):.1f})"
+                if ratios
+                else "-"
+            )
+            yield spread
+
+    return reading_table([f"P* / {name}" for name in COUNTS], cells)
 
 
 def budget_table(found):
     """By what P* is multiplied where the passes are doubled, n = 500: geometric mean over seeds."""
-    rows = []
-    for loss, criterion in READINGS:
-        cells = []
+
+    def cells(loss, criterion):
         for k in CLASSES:
             pair = (thresholds(found, loss, criterion, 500, k, ending) for ending in ("", "-long"))
             logs = [math.log(longer / usual) for usual, longer in zip(*pair) if usual and longer]
             ends = confidence_interval(logs) if len(logs) > 1 else ()
             text = f"{math.exp(statistics.fmean(logs)):.2f}" if logs else "-"
-            cells.append(text + (" ({:.2f} to {:.2f})".format(*map(math.exp, ends)) if ends else ""))
-        rows.append((LOSSES[loss], CRITERIA[criterion], *cells))
-    return markdown_table(["loss", "fits", *(f"K = {k}" for k in CLASSES)], rows, left=2)
+            yield text + (" ({:.2f} to {:.2f})".format(*map(math.exp, ends)) if ends else "")
+
+    return reading_table([f"K = {k}" for k in CLASSES], cells)
 
 
 def peak_table(found):
     """Where test loss and test error peak with noisy labels, beside the thresholds of the same networks."""
     rows = []
     for loss, k in itertools.product(LOSSES, CLASSES):
-        run = found[f"{loss}-noisy"]
-        n, train, test = run.config["n"], *(records_of(run, k, split) for split in ("train", "test"))
-        cells = []
+        run, cells = found[f"{loss}-noisy"], []
         for quantity in "loss", "error":
-            peaks = [peak(records, quantity) for records in test.values()]
-            places = [record["parameters"] for record in peaks if record]
-            if places:
-                place = statistics.geometric_mean(places)
-                ends = f"{min(places):,} to {max(places):,}"
-                cells += [f"{place:,.0f} ({ends})"]
-                cells += [f"{place / n:.2f}", f"{place / (n * k):.2f}"] if quantity == "loss" else []
-            else:
-                cells += ["-"] * (3 if quantity == "loss" else 1)
+            peaks = [peak(own, quantity) for own in records_of(run, k, "test").values()]
+            places = [record["parameters"] for record in peaks if record] or [math.nan]
+            place, n = math.exp(statistics.fmean(map(math.log, places))), run.config["n"]
+            cells += [f"{place:,.0f} ({min(places):,} to {max(places):,})"]
+            cells += [f"{place / n:.2f}", f"{place / n / k:.2f}"] if quantity == "loss" else []
         for criterion in CRITERIA:
-            mean = mean_or_none([threshold(records, loss, criterion) for records in train.values()])
-            cells.append(f"{mean:,.0f}" if mean else "-")
+            own = [threshold(own, loss, criterion) for own in records_of(run, k).values()]
+            cells.append("-" if None in own else f"{statistics.geometric_mean(own):,.0f}")
         rows.append((LOSSES[loss], k, *cells))
     head = ["loss", "K", "test loss peaks at P", "P / n", "P / n K", "test error peaks at P"]
     return markdown_table([*head, *(f"P*, {words}" for words in CRITERIA.values())], rows)
 
 
 def table_2020(found):
-    """Our test loss at the widths nearest to those of the points that were read off the figure of 2020."""
-    row, run, rows = utils.reference("mnist1d")["double-descent-2020-mlp"], found["figure-2020"], []
-    train, test = (records_of(run, 10, split) for split in ("train", "test"))
+    """Our losses at the widths nearest to those of the points that were read off the figure of 2020."""
+    row, records, rows = (
+        utils.reference("mnist1d")["double-descent-2020-mlp"],
+        found["figure-2020"].records,
+        [],
+    )
+    widths = sorted({record["width"] for own in records.values() for record in own})
     for what, parameters, published in zip(row["points"], row["parameters"], row["test_losses"]):
-        nearest = min(test[min(test)], key=lambda record: abs(record["parameters"] - parameters))["width"]
-        losses = [
-            [record["loss"] for own in records.values() for record in own if record["width"] == nearest]
-            for records in (test, train)
-        ]
-        count = f"{parameters_of(nearest, 10):,}"
-        rows.append((what, f"{parameters:,}", published, count, *(mean_sd(values) for values in losses)))
-    head = [
-        "point",
-        "parameters",
-        "test loss, published",
-        "our parameters",
-        "our test loss",
-        "our training loss",
-    ]
+        width = min(widths, key=lambda width: abs(parameters_of(width, 10) - parameters))
+        losses = {
+            split: [
+                r["loss"]
+                for own in records.values()
+                for r in own
+                if (r["width"], r["split"]) == (width, split)
+            ]
+            for split in ("test", "train")
+        }
+        ours = (mean_sd(values) for values in losses.values())
+        rows.append((what, f"{parameters:,}", published, f"{parameters_of(width, 10):,}", *ours))
+    head = ["point", "parameters", "test loss, published", "our parameters", "our test loss", "training loss"]
     return markdown_table(head, rows)
 
 
@@ -452,11 +454,9 @@ def draw_thresholds(found):
     for axis, (loss, criterion) in zip(axes.flat, READINGS):
         for number, k in enumerate(CLASSES):
             colour, values = f"C{number}", [thresholds(found, loss, criterion, n, k) for n in SIZES]
-            means = [mean_or_none(own) or math.nan for own in values]
-            for n, own in zip(SIZES, values):
-                shown = [value for value in own if value is not None]
-                axis.plot([n] * len(shown), shown, ".", color=colour, alpha=0.4)
-            axis.plot(SIZES, means, "o-", color=colour, label=f"K = {k}")
+            values = np.array(values, dtype=float)  # None, that is not found, becomes NaN
+            axis.plot(SIZES, values, ".", color=colour, alpha=0.4)
+            axis.plot(SIZES, np.exp(np.log(values).mean(axis=1)), "o-", color=colour, label=f"K = {k}")
             if loss == "mse":
                 axis.plot(SIZES, [n * k for n in SIZES], "--", color=colour, linewidth=1)
         if loss == "nll":
