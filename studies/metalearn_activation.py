@@ -13,8 +13,8 @@ What would refute it: with initial networks and orders of the examples that no m
 rate of each function chosen on validation signals, the learned functions are less than 5 points above the
 best of these three (95% interval over ten meta-seeds); or in the CNN they are best, or last.
 
-The method is in studies/learned_activation.py: it interpolates the learned function on a grid, in C where
-there is a compiler. The CNN is in studies/activation_cnn.py.
+The method is in studies/learned_activation.py, and the same in C, where there is a compiler, in
+kernels/inner_training.c. The CNN is in studies/activation_cnn.py.
 The whole takes about 45 minutes of one core, 20 of them for ten meta-seeds.
 """
 
@@ -35,7 +35,6 @@ from records import run as runs
 from records.tables import difference, markdown_table, mean_sd, read_runs
 from studies import activation_cnn, common, mnist1d
 from studies.learned_activation import (
-    curve_in_c,
     evaluate_learned,
     interpolated,
     learn,
@@ -47,6 +46,7 @@ from studies.learned_activation import (
     stack,
     tabulate,
     train_inner,
+    training_in_c,
     unplain,
     with_slopes,
 )
@@ -424,12 +424,12 @@ def choose_engine(args):
     if args.engine == "torch":
         return "torch"
     try:
-        curve_in_c(0, 1)
+        training_in_c()
         return "c"
     except build.Unavailable as error:
         if args.engine == "c":
             raise utils.BadRequest(f"--engine c: {error}; use --engine torch") from error
-        print(f"PyTorch interpolates the curves, which takes several times longer: {error}.", file=sys.stderr)
+        print(f"PyTorch trains, which takes several times longer: {error}.", file=sys.stderr)
         return "torch"
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import mnist1d_gen
 import utils
-from kernels import build, curve
+from kernels import build
 from records import tables
 from studies import activation_cnn, learned_activation, mnist1d
 from studies import metalearn_activation as study
@@ -43,7 +43,7 @@ def learn(config, seeds, engine="torch"):
 @pytest.fixture(scope="module")
 def kernel():
     try:
-        return curve.Curve(-4, 8)
+        return learned_activation.training_in_c()
     except build.Unavailable as error:
         pytest.skip(str(error))
 
@@ -115,33 +115,81 @@ def test_the_gradients_of_a_curve():
 
 
 @pytest.mark.quick
-def test_c_does_what_pytorch_does(kernel):
+def test_c_interpolates_as_pytorch_does(kernel):
     """In single precision, beyond the ends and for NaN, too; measured 3e-7 of the largest number."""
     torch.manual_seed(0)
     grid, coefficients = [-4, 4, 8], torch.randn(3, 64, 4)
-    points = (torch.rand(3, 50, 7) * 10 - 5).requires_grad_()
-    (of_values, of_slopes), found = torch.randn(2, 3, 50, 7), []
-    for interpolate in learned_activation.Interpolate, learned_activation.InterpolateInC:
-        gradient = torch.ones_like(coefficients)  # it is added to
-        values, slopes = interpolate.apply(points, coefficients, gradient, grid)
-        of_points = torch.autograd.grad((of_values * values + of_slopes * slopes).sum(), points)[0]
-        found.append((values, slopes, of_points, gradient))
+    points, of_values = (torch.rand(3, 50, 7) * 10 - 5).requires_grad_(), torch.randn(3, 50, 7)
+    found = []
+    for engine in ("torch", "c"):
+        values, slopes = study.interpolated(coefficients, grid, engine)(points)
+        found.append((values, slopes, torch.autograd.grad((of_values * values).sum(), points)[0]))
     for ours, theirs in zip(*found):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6 * theirs.abs().max().item())
-    values, slopes = kernel.forward(coefficients, torch.tensor([[torch.nan]] * 3))
+    values, slopes = kernel.interpolate(coefficients, (-4, 8), torch.tensor([[torch.nan]] * 3))
     assert values.isnan().all() and slopes.isnan().all()
+
+
+def differentiated(config, dtype, way, seeds=(0, 1)):
+    """What `differentiate` or the same in C makes of the notebook's networks and noise.
+
+    The gradient of the table is carried on to the weights of g: a point at the border of two cells may count
+    in either.
+    """
+    meta, first, _, noises, _ = study.stack([study.sample_published(seed, config) for seed in seeds])
+    meta = [tensor.double().requires_grad_() for tensor in meta]
+    table = study.tabulate(meta, config)
+    p = {name: tensor.to(dtype) for name, tensor in first.items()}
+    shifts = noises[1].transpose(1, 2).to(dtype) + 0.02
+    batches = batches_of(config, dtype)
+    losses, p, of_table, of_constants = way(table.detach().to(dtype), p, batches, shifts, config)
+    of_meta = torch.autograd.grad(table, meta, of_table.double())
+    return {
+        "losses": losses,
+        "of_constants": of_constants,
+        **p,
+        **dict(zip(("w1", "b1", "w2", "b2"), of_meta)),
+    }
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("hidden, batch_size, late", [(12, 100, 5), (7, 96, 8), (128, 100, 3), (3, 9, 2)])
+def test_c_trains_and_differentiates_as_pytorch_in_double_precision(hidden, batch_size, late, kernel):
+    """Losses, parameters and gradients; measured 5e-6 of the largest number in each at most."""
+    config = SHORT | {"hidden": hidden, "batch_size": batch_size, "late": late}
+    ours = differentiated(config, torch.float32, learned_activation.differentiate_in_c)
+    theirs = differentiated(config, torch.float64, learned_activation.differentiate)
+    for name, expected in theirs.items():
+        assert ours[name].shape == expected.shape and expected.abs().max() > 1e-6
+        worst = (ours[name].double() - expected).abs().max() / expected.abs().max()
+        assert worst < 5e-5, name
+    wrong = differentiated(config | {"late": late - 1}, torch.float32, learned_activation.differentiate_in_c)
+    assert (wrong["w2"] - theirs["w2"]).abs().max() > 1e-2 * theirs["w2"].abs().max()
 
 
 @pytest.mark.quick
 def test_c_is_given_no_tensor_that_it_cannot_read(kernel):
-    coefficients, points = torch.zeros(2, 64, 4), torch.zeros(2, 9)
+    grid, coefficients, points = (-4, 8), torch.zeros(2, 64, 4), torch.zeros(2, 9)
     for wrong in (points.double(), torch.zeros(9, 2).T, torch.zeros(3, 9)):
         with pytest.raises(ValueError, match="points"):
-            kernel.forward(coefficients, wrong)
-    with pytest.raises(ValueError, match="of_slopes"):
-        kernel.backward(coefficients, points, points, torch.zeros(2, 8), torch.zeros(2, 64, 4))
-    with pytest.raises(ValueError, match="of_coefficients"):
-        kernel.backward(coefficients, points, points, points, torch.zeros(2, 63, 4))
+            kernel.interpolate(coefficients, grid, wrong)
+    signals, labels = kernel.pad(torch.zeros(2, 40, 100), torch.zeros(2, 100, dtype=torch.long))
+    right = {
+        "coefficients": coefficients[0], "grid": grid, "signals": signals, "labels": labels,
+        "shifts": torch.zeros(3, 128), "initial": torch.zeros(6538), "late": 2,
+        "lr": 0.01, "keep": 0.4, "epsilon": 1e-8,
+    }  # fmt: skip
+    assert len(kernel.differentiate(**right)[0]) == 3
+    wrong = {
+        "shifts": torch.zeros(3, 127),
+        "initial": torch.zeros(6537),
+        "signals": signals[:, :, :100],
+        "labels": labels + 10,
+        "late": 4,
+    }
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=name.removesuffix("s")):
+            kernel.differentiate(**(right | {name: value}))
 
 
 # What the notebook samples
