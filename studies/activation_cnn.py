@@ -25,7 +25,7 @@ def make_config(data, activation):
         "test_size": 10_000,
         "subset_seed": 0,
         "batch_size": 100,
-        "passes": 8,
+        "passes": 6,
         "rates": [1e-3, 3e-3, 1e-2],  # of Adam; the best of them on the validation images is taken
         "choosing_passes": 2,
         "choosing_seed": 1000,
