@@ -33,10 +33,8 @@ from records.tables import confidence_interval, difference, markdown_table, mean
 from studies import common, mnist1d
 
 PAGE = utils.ROOT / "results" / "pooling" / "README.md"
-# kind -> its row in the reference
-KINDS = {"none": "no_pooling", "stride-2": "stride_2"}
-KINDS |= {f"{kind}": f"{kind}_pooling" for kind in ("max", "average", "l2")}
 POOLS = "max", "average", "l2"
+KINDS = "none", "stride-2", *POOLS
 SIZES = 1_000, 2_000, 5_000, 10_000, 20_000, 50_000
 SMOKE = {"steps": 2, "evaluate_every": 2, "fresh_size": 1_000}
 
@@ -185,8 +183,7 @@ def gains(found, kind, ending, split="test"):
 
 
 def published(kind, n):
-    row = utils.reference("mnist1d")["pooling"]
-    return row[KINDS[kind]][row["train_examples"].index(n)]
+    return utils.reference("mnist1d")[f"pooling-{kind}-{n}"]["test_accuracy"]
 
 
 def accuracy_table(found):
@@ -211,7 +208,7 @@ def gain_table(found, split):
             if split == "test" and "long" not in ending:
                 cells[-1] += f" [{published(kind, n) - published('none', n):+.1f}]"
         rows.append((f"{n:,}{', four times as long' * ('long' in ending)}", *cells))
-    return markdown_table(("training examples", *list(KINDS)[1:]), rows)
+    return markdown_table(("training examples", *KINDS[1:]), rows)
 
 
 def fit_table(found):
