@@ -117,7 +117,7 @@ def level(signals):
 
 
 def alterations(config, n, generator):
-    """What a seed does in a pass: an order (n,), and for both copies (2, n) a shift, a slope and an offset."""
+    """What a seed does in a pass: an order (n,), and for both copies (2, n) shifts, slopes and offsets."""
     order, both = generator.permutation(n), (2, n)
     shift = generator.integers(0, config["shifts"], both)
     slope, offset = (generator.normal(0, config[f"{name}_sd"], both) for name in ("slope", "offset"))
