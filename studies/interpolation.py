@@ -34,7 +34,7 @@ import mnist1d_gen
 import utils
 from records import figures
 from records import run as runs
-from records.tables import confidence_interval, difference, markdown_table, mean_sd, read_runs
+from records.tables import confidence_interval, markdown_table, mean_sd, read_runs
 from studies import common, mnist1d
 
 LOSSES = {"mse": "squared error", "nll": "log-likelihood"}
@@ -284,17 +284,23 @@ def fits(record, loss, criterion):
     return record["misses"] == 0 if criterion == "errors" else record["loss"] < SMALL_LOSS[loss]
 
 
-def threshold(records, loss, criterion):
-    """The number of parameters from which on all networks of one seed and K fit, or None.
+def bracket(records, loss, criterion):
+    """The parameters of the widest network of one seed and K that does not fit, and of the next, which does.
 
-    It is between the widest network that does not and the next one, which does; their geometric mean is
-    taken. None if the widest network does not fit, or if all do.
+    What is narrower than a network that does not fit does not count, even if it fits. None if the widest
+    network does not fit, or if all do.
     """
     ordered = sorted(records, key=lambda record: record["parameters"])
     failing = [place for place, record in enumerate(ordered) if not fits(record, loss, criterion)]
     if not failing or failing[-1] == len(ordered) - 1:
         return None
-    return math.sqrt(ordered[failing[-1]]["parameters"] * ordered[failing[-1] + 1]["parameters"])
+    return tuple(record["parameters"] for record in ordered[failing[-1] :][:2])
+
+
+def threshold(records, loss, criterion):
+    """P*, the geometric mean of the bracket, or None."""
+    ends = bracket(records, loss, criterion)
+    return ends and math.sqrt(ends[0] * ends[1])
 
 
 def peak(records, quantity):
@@ -318,19 +324,35 @@ def records_of(run, classes, split="train"):
     }
 
 
-def thresholds(found, loss, criterion, n, classes, ending=""):
-    """P* of every seed, or None where it is not within the widths that were tried."""
+def thresholds(found, loss, criterion, n, classes, ending="", read=threshold):
+    """P* (or the bracket) of every seed, or None where it is not within the widths that were tried."""
     own = records_of(found[f"{loss}-{n}{ending}"], classes)
-    return [threshold(records, loss, criterion) for records in own.values()]
+    return [read(records, loss, criterion) for records in own.values()]
 
 
 def exponents(found, loss, criterion):
-    """(b, c) of log P* = a + b log n + c log K for each seed, by least squares over its twelve cells."""
+    """b and c of log P* = a + b log n + c log K, and how many seeds have P* in all twelve cells.
+
+    Each of b and c is (estimate, low, high, reach) by least squares over cells. `low` and `high` are the 95%
+    interval over 2,000 resamplings of the seeds, in each of which P* of a cell is at a random place of its
+    bracket: seeds often have the same bracket, and then their spread does not show how coarse the widths are.
+    `reach` is how far the estimate can be off if every cell is at the end of its bracket that is worst.
+    """
     cells = list(itertools.product(SIZES, CLASSES))
-    columns = [thresholds(found, loss, criterion, n, k) for n, k in cells]
-    design = np.array([(1, math.log(n), math.log(k)) for n, k in cells])
+    columns = [thresholds(found, loss, criterion, n, k, read=bracket) for n, k in cells]
     rows = [row for row in zip(*columns) if None not in row]
-    return [tuple(np.linalg.lstsq(design, np.log(row), rcond=None)[0][1:]) for row in rows]
+    if not rows:
+        return [(math.nan,) * 4] * 2, 0
+    low, high = np.log(np.array(rows, dtype=float)).transpose(2, 0, 1)  # (seeds, cells) each
+    weights = np.linalg.pinv(np.array([(1, math.log(n), math.log(k)) for n, k in cells]))[1:]
+    random = np.random.default_rng(0)
+    chosen = random.integers(0, len(rows), (2000, len(rows)))
+    places = random.random((2000, 1, len(cells)))
+    resampled = (low[chosen] * (1 - places) + high[chosen] * places).mean(axis=1) @ weights.T
+    ends = np.quantile(resampled, (0.025, 0.975), axis=0)
+    estimates = weights @ ((low + high) / 2).mean(axis=0)
+    reach = np.abs(weights) @ ((high - low) / 2).mean(axis=0)
+    return list(zip(estimates, *ends, reach)), len(rows)
 
 
 READINGS = list(itertools.product(LOSSES, CRITERIA))
@@ -343,14 +365,14 @@ def reading_table(head, cells_of, rows=READINGS):
 
 
 def exponent_table(found):
-    """The exponents of n and K, with 95% intervals over seeds, beside the claim's."""
+    """The exponents of n and K, with their intervals, beside the claim's."""
 
     def cells(loss, criterion):
-        fitted = exponents(found, loss, criterion)
-        own = [difference(values, ".2f") for values in zip(*fitted)] or ["-", "-"]
-        return [{"mse": "1 and 1", "nll": "1 and 0"}[loss], *own, len(fitted)]
+        fitted, seeds = exponents(found, loss, criterion)
+        own = ("{:.2f} ({:.2f} to {:.2f})|± {:.2f}".format(*each).split("|") for each in fitted)
+        return [{"mse": "1 and 1", "nll": "1 and 0"}[loss], *itertools.chain(*own), seeds]
 
-    return reading_table(["claim: b and c", "b, of n", "c, of K", "seeds"], cells)
+    return reading_table(["claim: b and c", "b, of n", "at worst", "c, of K", "at worst", "seeds"], cells)
 
 
 def threshold_table(found):

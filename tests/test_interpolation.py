@@ -295,11 +295,13 @@ def record(parameters, loss=1.0, misses=0, **more):
     ],
 )
 def test_the_threshold(misses, between):
+    """Of networks with 1, 2, 4 and 8 parameters, in any order."""
     records = [record(2**place, misses=missed) for place, missed in enumerate(misses)]
-    expected = between and pytest.approx(math.sqrt(between[0] * between[1]))
-    assert study.threshold(records[::-1], "nll", "errors") == expected
     small = [record(own["parameters"], loss=0.0101 if own["misses"] else 0.0099) for own in records]
-    assert study.threshold(small, "mse", "loss") == expected
+    for own, criterion in ((records[::-1], "errors"), (small, "loss")):
+        assert study.bracket(own, "mse", criterion) == between
+        expected = between and pytest.approx(math.sqrt(between[0] * between[1]))
+        assert study.threshold(own, "mse", criterion) == expected
 
 
 @pytest.mark.quick
@@ -335,11 +337,24 @@ def test_exponents_and_ratios_of_a_known_law():
         return (n * k if loss == "mse" else 2 * n**0.9 * k**0.3) * 1.05 ** (seed - 1)
 
     found = scripted(law)
+    # Brackets are a factor of 1.21 wide. Uniform in it, a cell's log P* has this standard deviation, and the
+    # exponents have that of a weighted sum of twelve; 2,000 resamplings find the interval to some percent.
+    sd, logs = math.log(1.21) / math.sqrt(12), np.log(list(itertools.product(study.SIZES, study.CLASSES)))
+    deviations = logs - logs.mean(axis=0)
     for loss, expected in (("mse", (1, 1)), ("nll", (0.9, 0.3))):
-        for fitted in study.exponents(found, loss, "errors"):
-            assert fitted == pytest.approx(expected)
-    lines = study.exponent_table(found).splitlines()
-    assert lines[-1].endswith("| 1 and 0 | 0.90 (0.90 to 0.90) | 0.30 (0.30 to 0.30) | 3 |")
+        fitted, seeds = study.exponents(found, loss, "errors")
+        assert seeds == 3
+        for (estimate, low, high, reach), exact, own in zip(fitted, expected, deviations.T):
+            assert estimate == pytest.approx(exact)
+            half = 1.96 * sd / np.linalg.norm(own)
+            assert (low, high) == pytest.approx((exact - half, exact + half), abs=0.15 * half)
+            worst = np.sign(own) * math.log(1.1) @ own / (own @ own)
+            assert reach == pytest.approx(worst)
+    assert (
+        study.exponent_table(found)
+        .splitlines()[-1]
+        .startswith("| log-likelihood | small training loss | 1 and 0 | 0.90 (0.")
+    )
     cells = study.ratio_table(found).splitlines()[2].split(" | ")
     assert cells[2:4] == ["2.00 to 10.00 (x 5.0)", "1.00 to 1.00 (x 1.0)"]
     assert study.budget_table(found).count("0.80 (0.80 to 0.80)") == 12
@@ -353,7 +368,7 @@ def test_thresholds_that_were_not_found_are_named_and_left_out():
     for own in found["mse-500"].records[1]:
         own["misses"] = 1
     assert study.thresholds(found, "mse", "errors", 500, 5)[1] is None
-    assert len(study.exponents(found, "mse", "errors")) == 2
+    assert study.exponents(found, "mse", "errors")[1] == 2
     assert "1,000 ± 0 (1 not found)" in study.threshold_table(found)
 
 
