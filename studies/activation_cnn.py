@@ -20,7 +20,7 @@ def make_config(data, activation):
         "data": data,
         "activation": activation,
         "channels": CHANNELS,
-        "train_size": 20_000,
+        "train_size": 12_000,
         "validation_size": 5_000,
         "test_size": 10_000,
         "subset_seed": 0,

@@ -102,7 +102,7 @@ CONFIGS = {
 CONFIGS |= {f"original-{name}": {**INNER, "activation": name} for name in ACTIVATIONS}
 FAIR = {**INNER, "rates": [2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1], "networks": 10, "validation_data_seed": 43}
 CONFIGS |= {f"fair-{name}": {**FAIR, "activation": name} for name in (*ACTIVATIONS, "learned")}
-IN_CNN = [name for name in (*ACTIVATIONS, "learned") if name != "hand-fit"]
+IN_CNN = "relu", "swish", "elu", "learned", "tanh", "gelu", "softplus", "sigmoid"
 CNNS, CNN_SEEDS = ("mnist28", "cifar10"), 5
 CONFIGS |= {f"{data}-{name}": activation_cnn.make_config(data, name) for data in CNNS for name in IN_CNN}
 
