@@ -215,9 +215,10 @@ def landmarks(curve):
 
 
 def final(found, curve, split, quantity):
-    """A number of every network of a curve after its last pass: (widths, seeds)."""
+    """A number of every network of a curve after its last pass: (widths, seeds); the seeds that all have."""
     runs_of = [found[f"{curve}-{width}"] for width in WIDTHS[curve.split("-")[0]]]
-    return np.array([[record[quantity] for record in run.final(split)] for run in runs_of])
+    seeds = set.intersection(*(set(run.records) for run in runs_of))
+    return np.array([[r[quantity] for r in run.final(split) if r["seed"] in seeds] for run in runs_of])
 
 
 def parameters_of(curve, width):
@@ -272,17 +273,17 @@ def curve_table(found, curve):
         ("train", "error", ".1f", published_values(curve, "train_error")),
         ("test", "loss", ".2f", published_values(curve, "test_loss")),
     ]
-    head, rows, judged = ["width", "parameters"], [], []
+    head, rows, judged = ["width", "parameters", "n"], [], []
     for split, quantity, _, _ in columns:
         head += [f"published {split} {quantity}", "ours", ""]
-    for place, width in enumerate(WIDTHS[curve.split("-")[0]]):
-        cells = []
+    for width in WIDTHS[curve.split("-")[0]]:
+        run, cells = found[f"{curve}-{width}"], []
         for split, quantity, form, printed in columns:
-            ours = final(found, curve, split, quantity)[place].tolist()
+            ours = [record[quantity] for record in run.final(split)]
             verdict = inside(printed[width], ours) if width in printed and len(ours) > 1 else ""
             judged += [verdict] * bool(verdict)
             cells += [printed.get(width, ""), mean_sd(ours, form), verdict]
-        rows.append((width, f"{parameters_of(curve, width):,}", *cells))
+        rows.append((width, f"{parameters_of(curve, width):,}", len(run.records), *cells))
     summary = f"{judged.count('inside')} of {len(judged)} published numbers are inside."
     return f"{markdown_table(head, rows)}\n\n{summary}"
 
@@ -378,11 +379,13 @@ def plot(found):
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("double_descent", __doc__)
+    parser.add_argument("--config", choices=CONFIGS, help="train only this config, and write no page")
     args = common.parse(parser, argv)
     common.refuse(parser, args, "data_root", "engine")
     utils.require_device(args.device)
     torch.set_num_threads(1)
-    configs = {name: config | SMOKE if args.smoke else config for name, config in CONFIGS.items()}
+    chosen = {args.config: CONFIGS[args.config]} if args.config else CONFIGS
+    configs = {name: config | SMOKE if args.smoke else config for name, config in chosen.items()}
     first = next(iter(configs.values()))
     data = make_dataset(first["num_samples"], first["train_size"], first["data_seed"])
     common.run_configs(
@@ -396,6 +399,8 @@ def main(argv=None):
         engine="torch",
         device=args.device,
     )
+    if args.config:
+        return
     figures.save(plot(read_runs(args.out)), args.out / "double_descent.png")
     common.show(args, PAGE, tables(args.out))
 

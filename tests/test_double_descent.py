@@ -262,7 +262,8 @@ class FakeRun(runs.Run):
         super().__init__(f"{name}.jsonl", "double_descent", double_descent.CONFIGS[name], "")
         for seed, error in enumerate(errors):
             test = runs.evaluation(500, "test", 1.0, round(10 * error), 1000)
-            self.records[seed] = [runs.evaluation(500, "train", 1.0, train[seed], 4000), test]
+            both = runs.evaluation(500, "train", 1.0, train[seed], 4000), test
+            self.records[seed] = [{"seed": seed, **record} for record in both]
         self.sessions = [{"seconds": {"0": 30, "1": 30}}]
 
 
@@ -303,6 +304,15 @@ def test_the_table_of_thresholds(fake_runs):
 
 
 @pytest.mark.quick
+def test_seeds_that_one_width_has_more_are_in_its_row_alone(fake_runs):
+    before = [double_descent.descent_table(fake_runs), double_descent.threshold_table(fake_runs)]
+    fake_runs["mlp-noisy-47"] = FakeRun("mlp-noisy-47", [50, 52, 57, 90], [5, 5, 5, 0])
+    assert [double_descent.descent_table(fake_runs), double_descent.threshold_table(fake_runs)] == before
+    row = "| 47 | 4,663 | 4 | 54.05 | 62.2 ± 18.8 | inside | 5.5 | 0.1 ± 0.1 | **outside** |"
+    assert f"{row}  | 1.00 ± 0.00 |  |" in double_descent.curve_table(fake_runs, "mlp-noisy").splitlines()
+
+
+@pytest.mark.quick
 def test_inside_is_the_interval_of_one_more_value():
     ours = [10.0, 11.0, 12.0, 13.0, 14.0]  # 12 ± 2.776445 * sqrt(2.5 * 1.2) is 7.19 to 16.81
     assert [double_descent.inside(value, ours) for value in (7.15, 16.85)] == ["inside"] * 2
@@ -325,13 +335,13 @@ def test_published_numbers_are_read_by_width():
 
 @pytest.mark.quick
 def test_the_committed_runs_are_complete():
-    """Every config and five seeds. test_pages.py looks at the page."""
+    """Every config, five seeds or more. test_pages.py looks at the page."""
     found = tables.read_runs(double_descent.PAGE.parent)
     assert found.keys() == double_descent.CONFIGS.keys(), "run python -m studies.double_descent"
     digest = mnist1d_gen.sha256(double_descent.make_dataset(16000, 4000, 42))
     for name, run in found.items():
         run.require("double_descent", double_descent.CONFIGS[name], digest)
-        assert sorted(run.records) == list(range(5))
+        assert sorted(run.records) == list(range(25 if name == "mlp-noisy-9" else 5))
         for records in run.records.values():
             assert [r["pass"] for r in records if r["split"] == "test"] == run.config["evaluate_after"]
             assert {r["n"] for r in records} == {4000, 12000}
@@ -353,6 +363,15 @@ def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
     assert double_descent.main(flags) == 0
     assert capsys.readouterr().out == first.stdout and len(first.stdout.split("\n\n")) == 11
     assert {path: path.read_bytes() for path in found} == found
+
+
+@pytest.mark.quick
+def test_one_config_alone_writes_no_page(tmp_path, capsys):
+    flags = ["--smoke", "--config", "mlp-noisy-9", "--seed", "5", "--quiet", "--out", str(tmp_path / "out")]
+    assert double_descent.main(flags) == 0 and capsys.readouterr().out == ""
+    written = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
+    assert written == {"mlp-noisy-9.jsonl", "mlp-noisy-9.run.json"}
+    assert sorted(runs.read_run(tmp_path / "out" / "mlp-noisy-9.jsonl").records) == [5, 6, 7, 8, 9]
 
 
 @pytest.mark.quick
