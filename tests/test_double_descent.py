@@ -308,7 +308,7 @@ def test_seeds_that_one_width_has_more_are_in_its_row_alone(fake_runs):
     before = [double_descent.descent_table(fake_runs), double_descent.threshold_table(fake_runs)]
     fake_runs["mlp-noisy-47"] = FakeRun("mlp-noisy-47", [50, 52, 57, 90], [5, 5, 5, 0])
     assert [double_descent.descent_table(fake_runs), double_descent.threshold_table(fake_runs)] == before
-    row = "| 47 | 4,663 | 4 | 54.05 | 62.2 ± 18.8 | inside | 5.5 | 0.1 ± 0.1 | **outside** |"
+    row = "| 47 | 4,663 | 4 | 54.05 | 62.2 ± 18.7 | inside | 5.5 | 0.1 ± 0.1 | **outside** |"
     assert f"{row}  | 1.00 ± 0.00 |  |" in double_descent.curve_table(fake_runs, "mlp-noisy").splitlines()
 
 
