@@ -227,7 +227,7 @@ def parameters_of(curve, width):
 
 def largest_rise(errors):
     """The two places of a curve (widths,), one after the other, between which it rises most."""
-    rises = np.triu(errors[None, :] - errors[:, None], 1)
+    rises = np.where(np.tri(len(errors), dtype=bool), -np.inf, errors[None, :] - errors[:, None])
     return np.unravel_index(rises.argmax(), rises.shape)
 
 
@@ -356,23 +356,27 @@ def plot(found):
             for color, split in zip(("C0", "C1"), ("train", "test")):
                 band(axis, widths, final(found, curve, split, quantity), color, split)
                 printed = published_values(curve, f"{split}_{quantity}")
-                style = "o--" if len(printed) > 1 else "o"
-                axis.plot(*zip(*printed.items()), style, color="0.5", ms=3, linewidth=1) if printed else None
+                if printed:
+                    axis.plot(*zip(*printed.items()), "o--", color="0.5", markersize=3, linewidth=1)
             place = utils.reference("mnist1d")[key]["zero_train_error_width"]
             axis.axvline(place, color="0.5", linestyle=":", linewidth=1)
             axis.set(xscale="log", xlabel="hidden units" if "mlp" in curve else "channels")
+            axis.set_xticks(*2 * [[2, 5, 10, 20, 50, 100, *[300] * ("mlp" in curve)]])
         axes[0, column].set_title(f"{title}\nmean ± sd, n = {n}", fontsize="medium")
         for color, width, name in zip(("C2", "C3", "C4"), landmarks(curve), ("minimum", "peak", "largest")):
             passes = found[f"{curve}-{width}"].config["evaluate_after"]
             band(axes[2, column], passes, during(found, curve, width).T, color, f"{width} ({name})")
         axes[2, column].set(xscale="log", xlabel="passes")
+        axes[2, column].set_xticks(passes, passes)
         axes[2, column].legend(fontsize="small", title="width")
     axes[1, 0].set_yscale("log")
+    axes[0, 0].plot([], [], "o--", color="0.5", markersize=3, linewidth=1, label="published")
     axes[0, 0].legend(fontsize="small")
     for axis, label in zip(axes[:, 0], ("error (%)", "cross-entropy", "test error (%)")):
         axis.set_ylabel(label)
     for axis in axes.flat:
         axis.grid(True)
+        axis.minorticks_off()
     return figure
 
 

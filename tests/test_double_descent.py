@@ -249,10 +249,15 @@ def test_the_configs_are_what_was_published():
 @pytest.mark.quick
 @pytest.mark.parametrize(
     "errors, places",
-    [([5, 3, 4, 2, 6, 1], (3, 4)), ([5, 4, 3, 3.5, 2], (2, 3)), ([1, 9, 0, 5], (0, 1)), ([3, 2], (0, 1))],
+    [
+        ([5, 3, 4, 2, 6, 1], (3, 4)),
+        ([5, 4, 3, 3.5, 2], (2, 3)),
+        ([1, 9, 0, 5], (0, 1)),
+        ([9, 5, 4, 2], (1, 2)),
+    ],
 )
 def test_the_largest_rise(errors, places):
-    assert double_descent.largest_rise(np.array(errors, float)) == places or errors == [3, 2]
+    assert double_descent.largest_rise(np.array(errors, float)) == places
 
 
 class FakeRun(runs.Run):
