@@ -332,21 +332,22 @@ def thresholds(found, loss, criterion, n, classes, ending="", read=threshold):
     return [read(records, loss, criterion) for records in own.values()]
 
 
-def exponents(found, loss, criterion):
-    """b and c of log P* = a + b log n + c log K, and how many seeds have P* in all twelve cells.
+def exponents(found, loss, criterion, sizes=SIZES, ending=""):
+    """b and c of log P* = a + b log n + c log K, and how many seeds have P* in all cells; c alone of one n.
 
     Each of b and c is (estimate, low, high, reach) by least squares over cells. `low` and `high` are the 95%
     interval over 2,000 resamplings of the seeds, in each of which P* of a cell is at a random place of its
     bracket: seeds often have the same bracket, and then their spread does not show how coarse the widths are.
     `reach` is how far the estimate can be off if every cell is at the end of its bracket that is worst.
     """
-    cells = list(itertools.product(SIZES, CLASSES))
-    columns = [thresholds(found, loss, criterion, n, k, read=bracket) for n, k in cells]
+    cells = list(itertools.product(sizes, CLASSES))
+    columns = [thresholds(found, loss, criterion, n, k, ending, bracket) for n, k in cells]
     rows = [row for row in zip(*columns) if None not in row]
     if not rows:
-        return [(math.nan,) * 4] * 2, 0
+        return [(math.nan,) * 4] * min(2, len(sizes)), 0
     low, high = np.log(np.array(rows, dtype=float)).transpose(2, 0, 1)  # (seeds, cells) each
-    weights = np.linalg.pinv(np.array([(1, math.log(n), math.log(k)) for n, k in cells]))[1:]
+    logs = np.log(np.array(cells, dtype=float))[:, 0 if len(sizes) > 1 else 1 :]
+    weights = np.linalg.pinv(np.column_stack([np.ones(len(cells)), logs]))[1:]
     random = np.random.default_rng(0)
     chosen = random.integers(0, len(rows), (2000, len(rows)))
     places = random.random((2000, 1, len(cells)))
@@ -371,10 +372,12 @@ def exponent_table(found):
 
     def cells(loss, criterion):
         fitted, seeds = exponents(found, loss, criterion)
-        own = ("{:.2f} ({:.2f} to {:.2f})|± {:.2f}".format(*each).split("|") for each in fitted)
-        return [{"mse": "1 and 1", "nll": "1 and 0"}[loss], *itertools.chain(*own), seeds]
+        fitted += exponents(found, loss, criterion, (500,), "-long")[0]
+        own = ("{:.2f} ({:.2f} to {:.2f}), ± {:.2f}".format(*each) for each in fitted)
+        return [{"mse": "1 and 1", "nll": "1 and 0"}[loss], *own, seeds]
 
-    return reading_table(["claim: b and c", "b, of n", "at worst", "c, of K", "at worst", "seeds"], cells)
+    head = ["claim: b and c", "b, of n", "c, of K", "c, n = 500, passes doubled", "seeds"]
+    return reading_table(head, cells)
 
 
 def threshold_table(found):
@@ -415,17 +418,19 @@ def ratio_table(found):
 
 
 def budget_table(found):
-    """By what P* is multiplied where the passes are doubled, n = 500: geometric mean over seeds."""
+    """By what P* is multiplied where there are more passes: the geometric mean over seeds."""
+    more = [(500, k, 2) for k in CLASSES] + [(2000, 2, 4)]
 
     def cells(loss, criterion):
-        for k in CLASSES:
-            pair = (thresholds(found, loss, criterion, 500, k, ending) for ending in ("", "-long"))
+        for n, k, _ in more:
+            pair = (thresholds(found, loss, criterion, n, k, ending) for ending in ("", "-long"))
             logs = [math.log(longer / usual) for usual, longer in zip(*pair) if usual and longer]
             ends = confidence_interval(logs) if len(logs) > 1 else ()
             text = f"{math.exp(statistics.fmean(logs)):.2f}" if logs else "-"
             yield text + (" ({:.2f} to {:.2f})".format(*map(math.exp, ends)) if ends else "")
 
-    return reading_table([f"K = {k}" for k in CLASSES], cells)
+    head = [f"n = {n:,}, K = {k}, passes x {times}" for n, k, times in more]
+    return reading_table(head, cells)
 
 
 def peak_table(found):

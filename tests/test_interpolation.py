@@ -315,11 +315,8 @@ def test_the_peak():
 def scripted(law):
     """Runs of three seeds whose networks fit from law(loss, n, K, seed) parameters on."""
     found = {}
-    for loss, n, ending in [
-        *itertools.product(LOSSES, study.SIZES, [""]),
-        ("mse", 500, "-long"),
-        ("nll", 500, "-long"),
-    ]:
+    more = [(loss, n, "-long") for loss in LOSSES for n in (500, 2000)]
+    for loss, n, ending in [*itertools.product(LOSSES, study.SIZES, [""]), *more]:
         run = found[f"{loss}-{n}{ending}"] = runs.Run(f"{loss}-{n}.jsonl", "interpolation", {"n": n}, "")
         for seed, k in itertools.product(range(3), study.CLASSES):
             at = law(loss, n, k, seed) * (0.8 if ending else 1)
@@ -343,7 +340,8 @@ def test_exponents_and_ratios_of_a_known_law():
     deviations = logs - logs.mean(axis=0)
     for loss, expected in (("mse", (1, 1)), ("nll", (0.9, 0.3))):
         fitted, seeds = study.exponents(found, loss, "errors")
-        assert seeds == 3
+        ((alone, *_),), seeds = study.exponents(found, loss, "loss", (500,), "-long")
+        assert seeds == 3 and alone == pytest.approx(expected[1])
         for (estimate, low, high, reach), exact, own in zip(fitted, expected, deviations.T):
             assert estimate == pytest.approx(exact)
             half = 1.96 * sd / np.linalg.norm(own)
@@ -357,7 +355,7 @@ def test_exponents_and_ratios_of_a_known_law():
     )
     cells = study.ratio_table(found).splitlines()[2].split(" | ")
     assert cells[2:4] == ["2.00 to 10.00 (x 5.0)", "1.00 to 1.00 (x 1.0)"]
-    assert study.budget_table(found).count("0.80 (0.80 to 0.80)") == 12
+    assert study.budget_table(found).count("0.80 (0.80 to 0.80)") == 16
     line = study.threshold_table(found).splitlines()[2]
     assert line.startswith("| squared error | no training error | 2 | 1,001 ± 49 | 2,002 ± 98 |")
 
@@ -375,7 +373,7 @@ def test_thresholds_that_were_not_found_are_named_and_left_out():
 @pytest.mark.quick
 def test_the_widths_that_are_tried():
     """Parameters from half of the count that is expected to twice of it, and no width twice."""
-    assert len(study.CONFIGS) == 13
+    assert len(study.CONFIGS) == 15
     for n, loss in itertools.product(study.SIZES, LOSSES):
         config = study.CONFIGS[f"{loss}-{n}"]
         assert config["n"] == n and config["loss"] == loss and config["labels"] == "random"
