@@ -479,7 +479,7 @@ def table_2020(found):
 
 def draw_thresholds(found):
     """P* against n for each K: a row for each loss, a column for each reading of "fits"."""
-    figure, axes = figures.subplots(2, 2, figsize=(10, 8), sharex=True)
+    figure, axes = figures.subplots(2, 2, figsize=(10, 8), sharex=True, sharey="row")
     for axis, (loss, criterion) in zip(axes.flat, READINGS):
         for number, k in enumerate(CLASSES):
             colour, values = f"C{number}", [thresholds(found, loss, criterion, n, k) for n in SIZES]
@@ -494,6 +494,7 @@ def draw_thresholds(found):
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.xaxis.set_minor_formatter("")
         axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_minor_formatter("")
         axis.grid(True, which="both", alpha=0.5)
     for axis, label in zip(axes[:, 0], ("n K", "n")):
         axis.set_ylabel(f"parameters that fit, P*; dashed: {label}, as claimed")
