@@ -339,9 +339,10 @@ def test_exponents_and_ratios_of_a_known_law():
     sd, logs = math.log(1.21) / math.sqrt(12), np.log(list(itertools.product(study.SIZES, study.CLASSES)))
     deviations = logs - logs.mean(axis=0)
     for loss, expected in (("mse", (1, 1)), ("nll", (0.9, 0.3))):
-        fitted, seeds = study.exponents(found, loss, "errors")
-        ((alone, *_),), seeds = study.exponents(found, loss, "loss", (500,), "-long")
-        assert seeds == 3 and alone == pytest.approx(expected[1])
+        fitted, cells = study.exponents(found, loss, "errors")
+        assert cells == 12
+        ((alone, *_),), cells = study.exponents(found, loss, "loss", (500,), "-long")
+        assert cells == 3 and alone == pytest.approx(expected[1])
         for (estimate, low, high, reach), exact, own in zip(fitted, expected, deviations.T):
             assert estimate == pytest.approx(exact)
             half = 1.96 * sd / np.linalg.norm(own)
@@ -366,7 +367,8 @@ def test_thresholds_that_were_not_found_are_named_and_left_out():
     for own in found["mse-500"].records[1]:
         own["misses"] = 1
     assert study.thresholds(found, "mse", "errors", 500, 5)[1] is None
-    assert study.exponents(found, "mse", "errors")[1] == 2
+    fitted, cells = study.exponents(found, "mse", "errors")
+    assert cells == 9 and [each[0] for each in fitted] == pytest.approx([1, 1])
     assert "1,000 ± 0 (1 not found)" in study.threshold_table(found)
 
 
