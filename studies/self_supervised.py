@@ -66,8 +66,10 @@ CONFIGS = {f"projector-{name}": make_config(name) for name in PROJECTORS}
 def layers(p, x):
     """What each layer makes of signals (replicas, 40, n): a list of (replicas, units, n), the last is Z."""
     found, h = [], x[:, None]
-    for name, width in (("conv1", 5), ("conv2", 3), ("conv3", 3)):
-        h = mnist1d.conv(p, name, width, h).relu()
+    for name in ("conv1", "conv2", "conv3"):  # as in mnist1d.convolutions
+        weight_and_bias = p[f"{name}_weight"], p[f"{name}_bias"]
+        h = HalvingConv.apply(*weight_and_bias, h) if found else mnist1d.conv(p, name, 5, h)
+        h = h.relu()
         found.append(h.flatten(1, 2))
     projector = [name.removesuffix("_weight") for name in p if name.endswith("r_weight")]
     for name in projector:
@@ -99,6 +101,40 @@ def info_nce(z, temperature):
     first, second = F.normalize(z, dim=1).chunk(2, dim=2)
     similar = torch.bmm(first.mT, second) / temperature  # (replicas, n, n), right where both are the same
     return (similar.logsumexp(2) - similar.diagonal(dim1=1, dim2=2)).mean(1)
+
+
+class HalvingConv(torch.autograd.Function):
+    """mnist1d.conv of width 3 and stride 2, faster: even and odd positions are copied once, and never put
+    side by side."""
+
+    @staticmethod
+    def forward(ctx, weight, bias, h):
+        half, ctx.positions = (h.shape[2] + 1) // 2, h.shape[2]
+        middle = h[:, :, ::2].contiguous()  # what the middle of the kernel sees
+        sides = h.new_zeros(
+            *h.shape[:2], half + 1, h.shape[3]
+        )  # its left side sees all but the last of these
+        sides[:, :, 1 : 1 + h.shape[2] // 2] = h[:, :, 1::2]
+        ctx.save_for_backward(weight, middle, sides)
+        left, centre, right = weight.unflatten(2, (-1, 3)).unbind(3)
+        out = torch.baddbmm(bias, centre, middle.flatten(2))
+        out.baddbmm_(left, sides[:, :, :half].flatten(2))
+        return out.baddbmm_(right, sides[:, :, 1:].flatten(2)).unflatten(2, (half, -1))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight, middle, sides = ctx.saved_tensors
+        (half, n), g = gradient.shape[2:], gradient.flatten(2)
+        seen = sides[:, :, :half], middle, sides[:, :, 1:]
+        of_weight = torch.stack([torch.bmm(g, each.flatten(2).mT) for each in seen], dim=3).flatten(2)
+        left, centre, right = (
+            torch.bmm(tap.mT, g).unflatten(2, (half, n)) for tap in weight.unflatten(2, (-1, 3)).unbind(3)
+        )
+        of_h = g.new_empty(*middle.shape[:2], ctx.positions, n)
+        of_h[:, :, ::2] = centre
+        of_h[:, :, 1::2] = right[:, :, : ctx.positions // 2]
+        of_h[:, :, 1 : 2 * half - 1 : 2] += left[:, :, 1:]
+        return of_weight, g.sum(2, keepdim=True), of_h
 
 
 # The altered copies
