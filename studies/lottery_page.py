@@ -80,6 +80,12 @@ def accuracy(records):
     return np.array([100 - record["error"] for record in records])
 
 
+def paired(one, other):
+    """How much more accurate one list of records is than another, for each seed that both have."""
+    errors = {record["seed"]: record["error"] for record in other}
+    return [errors[record["seed"]] - record["error"] for record in one if record["seed"] in errors]
+
+
 def published(quantity, year, *names):
     """The published values of a quantity in the rows lottery-<name>-<year>."""
     rows = (utils.reference("mnist1d")[f"lottery-{name}-{year}"] for name in names)
@@ -110,9 +116,10 @@ def first_layers(run):
 
 
 def pruning_table(found):
-    ours = (f"{words}, n = {len(found[name].records)}" for name, words in PRUNED.items())
-    head = ["removed (%)", "weights left", *ours]
-    rows, rounds = [], {name: rounds_of(found[name]) for name in PRUNED}
+    rounds = {name: rounds_of(found[name]) for name in PRUNED if name in found}
+    head = ["removed (%)", "weights left"]
+    head += [f"{PRUNED[name]}, n = {len(found[name].records)}" for name in rounds]
+    rows = []
     for number, records in rounds["step-1000"].items():
         cells = [mean_sd(list(accuracy(own[number])), ".1f") for own in rounds.values()]
         sparsity = records[0]["sparsity"]
@@ -124,14 +131,15 @@ def pruning_table(found):
 
 def difference_table(found):
     """Paired differences from the trial's own dense network, and between the two steps that decide."""
-    head = ("removed (%)", *(f"{words} - dense" for words in PRUNED.values()), "last step - step 1,000")
-    rows, rounds = [], {name: rounds_of(found[name]) for name in PRUNED}
-    for number in list(rounds["step-1000"])[1:]:
-        cells = [difference(list(accuracy(own[number]) - accuracy(own[0]))) for own in rounds.values()]
-        both = (accuracy(rounds[name][number]) for name in ("last-step", "step-1000"))
-        sparsity = 100 * rounds["step-1000"][number][0]["sparsity"]
-        rows.append((f"{sparsity:.1f}", *cells, difference(list(np.subtract(*both)))))
-    return markdown_table(head, rows)
+    rounds, rows = {name: rounds_of(found[name]) for name in PRUNED if name in found}, []
+    head = ["removed (%)", *(f"{PRUNED[name]} - dense" for name in rounds)]
+    for number, records in list(rounds["step-1000"].items())[1:]:
+        row = [f"{100 * records[0]['sparsity']:.1f}"]
+        row += [difference(paired(own[number], own[0])) for own in rounds.values()]
+        if "last-step" in rounds:
+            row.append(difference(paired(rounds["last-step"][number], records)))
+        rows.append(row)
+    return markdown_table(head + ["last step - step 1,000"] * ("last-step" in rounds), rows)
 
 
 def transfer_table(found):
@@ -170,36 +178,31 @@ def contrast_table(found):
 
 def adjacent_table(found):
     """Of 10,000 windows of 2, 3 and 4 points, those whose weights are all left; and units that have none."""
-    masks = {name: first_layers(found[name]) for name in ("random", "step-1000", "last-step")}
-    random, ticket, last = masks.values()
+    names = {"random": "random", "step-1000": "ticket", "last-step": "ticket, last step"}
+    masks = {name: first_layers(found[name]) for name in names if name in found}
+    ticket, random, rows = masks["step-1000"], masks.get("random"), []
     old = [utils.reference("mnist1d")[f"lottery-adjacent-{year}"] for year in (2020, 2024)]
-    rows = []
     for count, form in (2, ".0f"), (3, ".1f"), (4, ".2f"):
 
         def cell(values, form=form):
             return mean_sd([10_000 * value for value in values], form)
 
-        counted = [[adjacent(mask, count) for mask in own] for own in masks.values()]
-        by_unit = [adjacent_by_chance(mask, count, by_unit=True) for mask in ticket]
-        more = [10_000 * (ours - chance) for ours, chance in zip(counted[1], by_unit)]
-        coded = ([adjacent_as_coded(*pair, count) for pair in zip(own, random)] for own in (ticket, random))
-        printed = (
-            " ".join(f"{10_000 * row[f'{kind}_adjacent'][count - 2]:g}" for row in old)
-            for kind in ("ticket", "random")
-        )
-        rows.append((
-            f"{count} adjacent", f"{10_000 * adjacent_by_chance(random[0], count):{form}}", cell(counted[0]),
-            cell(by_unit), cell(counted[1]), difference(more, f"+{form}"), cell(counted[2]),
-            *map(cell, coded), *printed,
-        ))  # fmt: skip
+        anywhere, by_unit = ([adjacent_by_chance(m, count, unit) for m in ticket] for unit in (False, True))
+        more = [10_000 * (adjacent(m, count) - chance) for m, chance in zip(ticket, by_unit)]
+        row = [f"{count} adjacent", cell(anywhere), cell(by_unit), difference(more, f"+{form}")]
+        row += [cell([adjacent(m, count) for m in own]) for own in masks.values()]
+        for own in (ticket, random) if random else ():
+            row.append(cell([adjacent_as_coded(*pair, count) for pair in zip(own, random)]))
+        for kind in "ticket", "random":
+            row.append(" ".join(f"{10_000 * year[f'{kind}_adjacent'][count - 2]:g}" for year in old))
+        rows.append(row)
+    chance = mean_sd([len(m) * (1 - m.mean()) ** m.shape[1] for m in ticket], ".0f")
     empty = [mean_sd([float((~m.any(axis=1)).sum()) for m in own], ".0f") for own in masks.values()]
-    chance = f"{len(random[0]) * (1 - random[0].mean()) ** random[0].shape[1]:.0f}"
-    printed = (old[1][f"{kind}_units_without_input"] for kind in ("ticket", "random"))
-    rows.append(("units without input", chance, empty[0], "", empty[1], "", empty[2], "", "", *printed))
-    head = ("", "chance", "random", "chance, by unit", "ticket", "ticket - chance by unit",
-            "ticket, last step", "ticket, as coded", "random, as coded", "published, ticket",
-            "published, random")  # fmt: skip
-    return markdown_table(head, rows)
+    printed = [old[1][f"{kind}_units_without_input"] for kind in ("ticket", "random")]
+    rows.append(["units without input", chance, "", "", *empty, *[""] * (2 * bool(random)), *printed])
+    head = ["", "chance", "chance, by unit", "ticket - chance by unit", *(names[name] for name in masks)]
+    head += ["ticket, as coded", "random, as coded"] * bool(random)
+    return markdown_table([*head, "published, ticket", "published, random"], rows)
 
 
 def tables_of(found):
@@ -217,6 +220,8 @@ def draw_pruning(axes, found):
     """Panels a and b: test loss and accuracy after each round, by the weights that are left."""
     lines = {"step-1000": "smallest removed", "all-rounds": "the same in 100 rounds", "random": "random"}
     for color, (name, words) in enumerate(lines.items()):
+        if name not in found:
+            continue
         rounds = [own for own in rounds_of(found[name]).values() if own[0]["sparsity"] < 1]
         left = [100 - 100 * own[0]["sparsity"] for own in rounds]
         losses = np.array([[record["loss"] for record in own] for own in rounds])
@@ -264,9 +269,10 @@ def draw_transfer(axes, found):
 def draw_adjacent(axes, found):
     """Panel g: windows of adjacent weights, and pairs of weights at any distance."""
     counts, distances = (2, 3, 4), np.arange(1, 25)
-    for number, (name, words, color) in enumerate(
-        (("random", "random", "C1"), ("step-1000", "ticket", "C2"))
-    ):
+    bars = ("random", "random", "C1"), ("step-1000", "ticket", "C2")
+    for number, (name, words, color) in enumerate(bars):
+        if name not in found:
+            continue
         masks, places = first_layers(found[name]), np.arange(3) + 0.4 * number - 0.2
 
         chance = np.array([[adjacent_by_chance(m, count) for m in masks] for count in counts])
@@ -303,6 +309,8 @@ def draw_masks(found):
     """The first layer of the first trial: which of its 500 x 40 weights are left."""
     figure, axes = figures.subplots(2, 1, figsize=(10, 2.9), sharex=True)
     for axis, (name, words) in zip(axes, {"step-1000": "ticket", "random": "random"}.items()):
+        if name not in found:
+            continue
         axis.imshow(first_layers(found[name])[0].T, aspect="auto", interpolation="none")
         axis.set(ylabel="point", title=f"{words}: black weights are left")
     axes[1].set_xlabel("unit of the first layer")

@@ -406,6 +406,7 @@ def fake_run(name, misses, seeds=3):
         for number in (0, 50, 91):
             facts = {"round": number, "sparsity": number / 99, "kept": [1, 2, 3]}
             own.append(facts | runs.evaluation(1, "test", 1.0, misses + seed + number, 1000))
+            own[-1]["seed"] = seed
         mask = np.zeros((500, 40), bool)
         mask[:, : 4 + seed] = True
         own.append({"split": "mask", "round": 91, "first_layer": page.pack(mask)})
@@ -422,8 +423,9 @@ CONDITIONS += [("ticket", weights, signals) for weights in study.WEIGHTS for sig
 
 @pytest.fixture(scope="module")
 def fake_runs():
+    """Of the last step and of all rounds, there are fewer seeds."""
     misses = {"step-1000": 300, "last-step": 310, "random": 400, "all-rounds": 290}
-    return {name: fake_run(name, own) for name, own in misses.items()}
+    return {name: fake_run(name, own, 2 if own in (290, 310) else 3) for name, own in misses.items()}
 
 
 @pytest.mark.quick
@@ -434,6 +436,16 @@ def test_the_tables_of_pruning(fake_runs):
     lines = page.difference_table(fake_runs).splitlines()
     cell = "-9.1 (-9.1 to -9.1)"
     assert lines[-1] == f"| 91.9 | {' | '.join(4 * [cell])} | -1.0 (-1.0 to -1.0) |"
+    some = {name: run for name, run in fake_runs.items() if name in ("step-1000", "random")}
+    assert page.difference_table(some).splitlines()[-1] == f"| 91.9 | {cell} | {cell} |"
+
+
+@pytest.mark.quick
+def test_pairs_are_of_the_same_seed():
+    one, other = (
+        [{"seed": s, "error": e} for s, e in own] for own in ([(1, 30), (2, 20)], [(2, 25), (0, 9)])
+    )
+    assert page.paired(one, other) == [5]
 
 
 @pytest.mark.quick
@@ -452,10 +464,14 @@ def test_the_tables_of_the_transfer(fake_runs):
 
 @pytest.mark.quick
 def test_the_table_of_adjacent_weights(fake_runs):
-    """The masks keep the first 4, 5 and 6 of 40 points of every unit."""
+    """The masks keep the first 4, 5 and 6 of 40 points of every unit, so by unit they have 4 * 3 / (40 * 39)
+    of all pairs, and so on."""
     lines = page.adjacent_table(fake_runs).splitlines()
     two = [10_000 * kept / 39 for kept in (3, 4, 5)]
-    assert f" {tables.mean_sd(two, '.0f')} " in lines[2] and lines[2].endswith("| 86 93 | 72 56 |")
+    chance = [10_000 * kept * (kept - 1) / (40 * 39) for kept in (4, 5, 6)]
+    more = tables.difference([a - b for a, b in zip(two, chance)], "+.0f")
+    cells = f"{tables.mean_sd(chance, '.0f')} | {more} | {' | '.join(2 * [tables.mean_sd(two, '.0f')])}"
+    assert f" | {cells} | " in lines[2] and lines[2].endswith("| 86 93 | 72 56 |")
     assert lines[-1].endswith("| 105 | 16 |") and len(lines) == 6
 
 
