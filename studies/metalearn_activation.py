@@ -15,7 +15,7 @@ best of these three (95% interval over ten meta-seeds); or in the CNN they are b
 
 The method is in studies/learned_activation.py, and the same in C, where there is a compiler, in
 kernels/inner_training.c. The CNN is in studies/activation_cnn.py.
-The whole takes about 20 minutes of one core: 8 for ten meta-seeds, 3 for the comparison, 9 for the CNNs.
+The whole took 44 minutes of one core that other processes shared: 14 for ten meta-seeds, 22 for the CNNs.
 """
 
 import argparse
