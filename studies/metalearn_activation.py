@@ -53,7 +53,7 @@ from studies.learned_activation import (
 from studies.metalearn_lr import sample_networks
 
 PAGE = utils.ROOT / "results" / "metalearn_activation" / "README.md"
-SMOKE = {"inner_steps": 3, "outer_steps": 2, "rates": [1e-2], "networks": 2}
+SMOKE = {"inner_steps": 3, "late": 2, "outer_steps": 2, "rates": [1e-2], "networks": 2}
 SMOKE |= {"passes": 1, "train_size": 200, "validation_size": 100, "test_size": 200}
 INNER = {
     "data": "mnist1d",
