@@ -320,9 +320,12 @@ def accuracy_table(found):
         before = [
             mean_sd(values(run, quantity, 0), ".1f") for quantity in ("knn_accuracy", "linear_accuracy")
         ]
+        late = values(run, "linear_accuracy", -2)  # the last evaluation but one is that of pass 160
+        stored = utils.reference("mnist1d")["simclr-best"]["linear_accuracy"] if name == "default" else None
+        cells.append(f"{mean_sd(late, '.1f')}{f' ({stored})' * bool(stored)}")
         count = f"{COUNTS[f'projector-{name}']:,}"
         rows.append((name, count, len(losses), *cells, f"{mean_sd(losses)}{shown}", *before))
-    head = ("projector", "parameters", "n", "neighbours of Z", "read-out of H", "loss")
+    head = ("projector", "parameters", "n", "neighbours of Z", "read-out of H", "H at pass 160", "loss")
     return markdown_table((*head, "untrained: Z", "untrained: H"), rows)
 
 
@@ -333,7 +336,7 @@ def layer_values(run):
 
 
 def layer_table(found):
-    """The read-out of every layer: ours, what was published, and how far it is above Z and below the best."""
+    """The read-out of every layer: ours, the published one, and how far ours is above the first and the last."""
     rows = []
     for name in PROJECTORS:
         layers, row = layer_values(found[f"projector-{name}"]), row_of(name)
@@ -342,7 +345,7 @@ def layer_table(found):
         for place, (label, own) in enumerate(zip(names_of(name), layers)):
             differences = [
                 "-" if place == other else difference([a - b for a, b in zip(own, layers[other])])
-                for other in (best, len(layers) - 1)
+                for other in (0, len(layers) - 1)
             ]
             shown = row[f"layer{place + 1}_accuracy"]
             cells = f"{mean_sd(own, '.1f')}", shown, wins.count(place), *differences
@@ -353,7 +356,7 @@ def layer_table(found):
         "ours",
         "published",
         "best in seeds",
-        "minus the best layer",
+        "minus the first",
         "minus the last",
     )
     return markdown_table(head, rows, left=2)
