@@ -290,7 +290,8 @@ def draw_adjacent(axes, found):
     for axis in axes:
         axis.axhline(1, color="0.5", linestyle="--", linewidth=1)
         axis.set_ylabel("times as often as by chance")
-    axes[0].set(title="g) adjacent weights that are all left")
+    axes[0].set(title="g) adjacent weights that are all left", yscale="log", ylim=(0.4, 90))
+    axes[0].yaxis.set_major_formatter("{x:g}")
     axes[0].set_xticks(range(3), ["2 adjacent", "3", "4"])
     axes[0].legend(fontsize="small", loc="upper left", title="dashed: chance in each unit")
     axes[1].set(title="pairs in a unit, mean ± sd", xlabel="distance in points")
