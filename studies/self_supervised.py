@@ -336,7 +336,7 @@ def layer_values(run):
 
 
 def layer_table(found):
-    """The read-out of every layer: ours, the published one, and how far ours is above the first and the last."""
+    """The read-out of every layer, the published one, and how far ours is above the first and the last."""
     rows = []
     for name in PROJECTORS:
         layers, row = layer_values(found[f"projector-{name}"]), row_of(name)
