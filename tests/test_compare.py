@@ -556,8 +556,9 @@ def test_the_comparisons_follow_from_the_files(capsys):
         source, key = row["row"].split(".", 1)
         published = SOURCES[source][key] | SOURCES[source][key].get("runs", [{}])[int(row["reading"])]
         lines = (ROOT / "results" / f"{row['run']}.jsonl").read_text().splitlines()
-        split, _, name = row["quantity"].rpartition("_")
-        last = {r["seed"]: r for r in map(json.loads, lines[1:]) if r["split"] == (split or "test")}
+        split, _, name = row["quantity"].partition("_")
+        split, name = (split, name) if split in ("train", "test") else ("test", row["quantity"])
+        last = {r["seed"]: r for r in map(json.loads, lines[1:]) if r["split"] == split}
         left_out = {published.get("same_seed"), *map(int, row["failed_seeds"].split())}
         name, sign, offset = ("error", -1, 100) if name == "accuracy" else (name, 1, 0)
         ours = [offset + sign * r[name] for seed, r in last.items() if seed not in left_out]
