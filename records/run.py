@@ -163,7 +163,7 @@ def open_run(path, script, config, data_sha256, log=False, **facts):
         lock.acquire(timeout=0)
     except Timeout:
         raise utils.BadRequest(f"another process is writing {path}: wait for it, or use --out") from None
-    except NotImplementedError:  # a file system without locks
+    except NotImplementedError:  # filelock raises it on a file system that has no locks
         print(f"{path.parent} cannot be locked: let no second run write there.", file=sys.stderr)
     except OSError as error:
         raise utils.BadRequest(f"{path.parent} cannot be written ({error.strerror}): use --out") from error
