@@ -21,6 +21,13 @@
 #define INLINE static inline __attribute__((always_inline))
 #define EACH_VECTOR _Pragma("GCC unroll 13") for (int i = 0; i < VECTORS; i++)
 
+// Without this, gcc for x86 reads a vector from memory for each of its two uses.
+#ifdef __x86_64__
+#define LOAD_ONCE(vector) __asm__("" : "+x"(vector))
+#else
+#define LOAD_ONCE(vector)
+#endif
+
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float half_vec __attribute__((vector_size(2 * LANES)));
@@ -80,7 +87,7 @@ static void multiply_backward(const layer *w, const row *restrict x, const row *
                 vec dot = {0};
                 EACH_VECTOR {
                     vec d = from[i];
-                    __asm__("" : "+x"(d));
+                    LOAD_ONCE(d);
                     total[i] += weight * d;
                     dot += d * x[c][i];
                 }
