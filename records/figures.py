@@ -36,6 +36,17 @@ def save(figure, path):
     utils.write_file(path, buffer.getvalue())
 
 
+def band(axis, x, values, label=None, **style):
+    """A line through the means of values (seeds, points), in a band of ± their standard deviation.
+
+    `style` is that of the line, as Axes.plot takes it; the band has its colour. One seed has no deviation.
+    """
+    values = np.asarray(values)
+    mean, sd = values.mean(axis=0), values.std(axis=0, ddof=len(values) > 1)
+    (line,) = axis.plot(x, mean, label=label, **style)
+    axis.fill_between(x, mean - sd, mean + sd, color=line.get_color(), alpha=0.25, linewidth=0)
+
+
 def learning_curves(logs, title, published=None, loss="mean squared error"):
     """Loss and error after every pass: mean and min-max over the replicas.
 

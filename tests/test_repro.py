@@ -814,3 +814,17 @@ def test_figures_show_the_published_numbers_where_they_are():
         ]
     axis = figures.rejection([[5.0, 3.0, 1.0]], "title", row["rejection"]).axes[0]
     assert [tuple(line.get_xydata()[0]) for line in axis.lines if line.get_marker() == "x"] == [(12.1, 1)]
+
+
+@pytest.mark.quick
+def test_a_band_is_mean_and_standard_deviation_over_seeds():
+    for values, mean, sd in (([[1, 2], [3, 2], [5, 8]], [3, 4], [2, 12**0.5]), ([[1, 2]], [1, 2], [0, 0])):
+        _, axis = figures.subplots()
+        figures.band(axis, [10, 20], values, "name", color="C3")
+        (line,), (area,) = axis.lines, axis.collections
+        np.testing.assert_allclose(line.get_ydata(), mean)
+        assert (line.get_label(), line.get_color()) == ("name", "C3")
+        corners = area.get_paths()[0].vertices
+        for x, middle, reach in zip((10, 20), mean, sd):
+            ends = corners[corners[:, 0] == x, 1]
+            np.testing.assert_allclose((ends.min(), ends.max()), (middle - reach, middle + reach))
