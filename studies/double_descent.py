@@ -72,8 +72,8 @@ CONFIGS = {
 }
 
 
-# The networks. A layer is its name and how many points its windows have, 0 where it is fully connected.
-# Each is one matrix product for every replica. Tensors are as in studies/mnist1d.py: (replicas, ..., n).
+# The networks. A layer is its name and the width of its kernel, 0 where it is fully connected. Each is one
+# matrix product for every replica. Tensors are as in studies/mnist1d.py: (replicas, ..., n).
 
 NETWORKS = {
     "mlp": ((("hidden1", 0), ("hidden2", 0), ("out", 0)), mnist1d.mlp_shapes),
@@ -84,64 +84,18 @@ NETWORKS = {
 def forward(layers, p, x, kept=None):
     """Logits (replicas, 10, n) of signals (replicas, 40, n).
 
-    `kept` collects the input of each layer, and the columns that its weights are multiplied with.
+    `kept` collects what the gradients need: the input of each layer, and the columns that its weights are
+    multiplied with.
     """
     for name, width in layers:
         x = x[:, None] if width and x.dim() == 3 else x  # signals have one channel
-        columns = windows(x, width) if width else x.flatten(1, -2)
+        columns = mnist1d.windows(x, width) if width else x.flatten(1, -2)
         if kept is not None:
             kept.append((x, columns))
         h = mnist1d.linear(p, name, columns)
         h = h.relu_() if name != "out" else h
         x = h.unflatten(2, (-1, x.shape[-1])) if width else h
     return x
-
-
-def gradients(layers, p, x, targets):
-    """The gradient of each replica's mean cross-entropy, by name; the targets (replicas, 10, n) are one-hot.
-
-    What autograd computes, in half the time.
-    """
-    kept, found = [], {}
-    gradient = forward(layers, p, x, kept).softmax(1).sub_(targets).div_(x.shape[-1])
-    for (name, width), (x, columns) in zip(reversed(layers), reversed(kept)):
-        gradient = gradient.flatten(2) if gradient.dim() == 4 else gradient
-        found[f"{name}_weight"] = gradient @ columns.mT
-        found[f"{name}_bias"] = gradient.sum(2, keepdim=True)
-        if name != layers[0][0]:
-            gradient = p[f"{name}_weight"].mT @ gradient
-            gradient = add_windows(gradient, x, width) if width else gradient.view(x.shape)
-            gradient = torch.ops.aten.threshold_backward(gradient, x, 0)  # ReLU: 0 where x is
-    return [found[name] for name in p]
-
-
-def taps(length, width):
-    """For each point of a window (stride 2, padding 1): which points it reads, and at which positions."""
-    positions = (length + 2 - width) // 2 + 1
-    for tap in range(width):
-        left = int(tap == 0)  # at its first position, this one reads the padding
-        start = tap - 1 + 2 * left
-        count = min(positions - left, (length - start + 1) // 2)  # and at the last others may
-        yield tap, slice(start, start + 2 * count, 2), slice(left, left + count)
-
-
-def windows(x, width):
-    """The windows of x (replicas, channels, points, n): (replicas, channels * width, positions * n)."""
-    positions = (x.shape[2] + 2 - width) // 2 + 1
-    columns = x.new_empty(*x.shape[:2], width, positions, x.shape[3])
-    columns[:, :, :, 0] = columns[:, :, :, -1] = 0
-    for tap, read, at in taps(x.shape[2], width):
-        columns[:, :, tap, at] = x[:, :, read]
-    return columns.flatten(3).flatten(1, 2)
-
-
-def add_windows(columns, x, width):
-    """The gradient of x from that of its windows: every point adds up the windows that it is in."""
-    columns = columns.view(*x.shape[:2], width, -1, x.shape[3])
-    gradient = torch.zeros_like(x)
-    for tap, read, at in taps(x.shape[2], width):
-        gradient[:, :, read] += columns[:, :, tap, at]
-    return gradient
 
 
 # Data and training
@@ -196,6 +150,34 @@ def train(config, seeds, progress, device="cpu"):
             for own, loss, missed in zip(records.values(), *found):
                 own.append(runs.evaluation(passes, split, loss, sum(missed), len(examples[1])))
     return records
+
+
+# What autograd computes, in half the time
+
+
+def gradients(layers, p, x, targets):
+    """The gradient of each replica's mean cross-entropy, in the order of p; targets (replicas, 10, n) are
+    one-hot."""
+    kept, found = [], {}
+    gradient = forward(layers, p, x, kept).softmax(1).sub_(targets).div_(x.shape[-1])
+    for (name, width), (x, columns) in zip(reversed(layers), reversed(kept)):
+        gradient = gradient.flatten(2) if gradient.dim() == 4 else gradient
+        found[f"{name}_weight"] = gradient @ columns.mT
+        found[f"{name}_bias"] = gradient.sum(2, keepdim=True)
+        if name != layers[0][0]:
+            gradient = p[f"{name}_weight"].mT @ gradient
+            gradient = add_windows(gradient, x, width) if width else gradient.view(x.shape)
+            gradient = torch.ops.aten.threshold_backward(gradient, x, 0)  # ReLU: 0 where x is
+    return [found[name] for name in p]
+
+
+def add_windows(columns, x, width):
+    """The gradient of x from that of its windows: every point adds up the windows that it is in."""
+    columns = columns.view(*x.shape[:2], width, -1, x.shape[3])
+    padded = torch.zeros_like(F.pad(x, (0, 0, 1, 1)))
+    for tap in range(width):
+        padded[:, :, tap : tap + 2 * columns.shape[3] - 1 : 2] += columns[:, :, tap]
+    return padded[:, :, 1:-1]
 
 
 # What the page shows
@@ -321,10 +303,8 @@ def time_table(found):
     """Minutes of one core that a curve took, beside the published wall time of one seed."""
     rows = []
     for curve, (key, title) in CURVES.items():
-        sessions = [
-            session for name, run in found.items() if name.startswith(curve) for session in run.sessions
-        ]
-        minutes = sum(sum(session["seconds"].values()) for session in sessions) / 60
+        own = (run for name, run in found.items() if name.startswith(curve))
+        minutes = sum(sum(session["seconds"].values()) for run in own for session in run.sessions) / 60
         published = utils.reference("mnist1d")[key]["wall_minutes"]
         seeds = len(found[f"{curve}-2"].records)
         rows.append((title, published, seeds, f"{minutes:.1f}", f"{minutes / 2:.1f}"))
@@ -341,21 +321,14 @@ def tables(folder):
     return shown | {"passes": passes_table(found), "times": time_table(found)}
 
 
-def band(axis, x, values, color, label=None):
-    """Mean ± standard deviation of values (x, seeds)."""
-    mean, sd = values.mean(axis=1), values.std(axis=1, ddof=values.shape[1] > 1)
-    axis.fill_between(x, mean - sd, mean + sd, color=color, alpha=0.25, linewidth=0)
-    axis.plot(x, mean, color=color, label=label)
-
-
 def plot(found):
     """Error and loss against width, and test error against passes, a column for each curve."""
     figure, axes = figures.subplots(3, 3, figsize=(11, 9.5), sharey="row")
     for column, (curve, (key, title)) in enumerate(CURVES.items()):
         widths, n = WIDTHS[curve.split("-")[0]], len(found[f"{curve}-2"].records)
         for axis, quantity in zip(axes[:2, column], ("error", "loss")):
-            for color, split in zip(("C0", "C1"), ("train", "test")):
-                band(axis, widths, final(found, curve, split, quantity), color, split)
+            for colour, split in zip(("C0", "C1"), ("train", "test")):
+                figures.band(axis, widths, final(found, curve, split, quantity).T, split, color=colour)
                 printed = published_values(curve, f"{split}_{quantity}")
                 if printed:
                     axis.plot(*zip(*printed.items()), "o--", color="0.5", markersize=3, linewidth=1)
@@ -364,9 +337,10 @@ def plot(found):
             axis.set(xscale="log", xlabel="hidden units" if "mlp" in curve else "channels")
             axis.set_xticks(*2 * [[2, 5, 10, 20, 50, 100, *[300] * ("mlp" in curve)]])
         axes[0, column].set_title(f"{title}\nmean ± sd, n = {n}", fontsize="medium")
-        for color, width, name in zip(("C2", "C3", "C4"), landmarks(curve), ("minimum", "peak", "largest")):
+        for colour, width, name in zip(("C2", "C3", "C4"), landmarks(curve), ("minimum", "peak", "largest")):
             passes = found[f"{curve}-{width}"].config["evaluate_after"]
-            band(axes[2, column], passes, during(found, curve, width).T, color, f"{width} ({name})")
+            label = f"{width} ({name})"
+            figures.band(axes[2, column], passes, during(found, curve, width), label, color=colour)
         axes[2, column].set(xscale="log", xlabel="passes")
         axes[2, column].set_xticks(passes, passes)
         axes[2, column].legend(fontsize="small", title="width")

@@ -17,14 +17,20 @@ def linear(p, name, x):
     return torch.baddbmm(p[f"{name}_bias"], p[f"{name}_weight"], x)
 
 
+def windows(h, width, stride=2):
+    """The windows of h (replicas, channels, positions, n), padded by 1, as columns of a matrix.
+
+    (replicas, channels * width, windows * n).
+    """
+    return F.pad(h, (0, 0, 1, 1)).unfold(2, width, stride).movedim(4, 2).flatten(3).flatten(1, 2)
+
+
 def conv(p, name, width, h, stride=2):
     """F.conv1d with padding 1: from (replicas, channels, positions, n) to fewer positions.
 
     F.conv1d itself, with a group for each replica, takes twice as long on a CPU.
     """
-    windows = F.pad(h, (0, 0, 1, 1)).unfold(2, width, stride)  # (replicas, channels, positions, n, width)
-    columns = windows.movedim(4, 2).flatten(3).flatten(1, 2)  # (replicas, channels * width, positions * n)
-    return linear(p, name, columns).unflatten(2, windows.shape[2:4])
+    return linear(p, name, windows(h, width, stride)).unflatten(2, (-1, h.shape[3]))
 
 
 # The networks of the repository's notebooks/models.py

@@ -129,7 +129,7 @@ def test_logits_and_gradients_are_those_of_torch(network):
 def test_windows(points, width):
     """Against F.unfold; adding windows up is the transposed map."""
     x = torch.randn(2, 3, points, 4, dtype=torch.float64)
-    columns = double_descent.windows(x, width)
+    columns = mnist1d.windows(x, width)
     images = x.permute(0, 3, 1, 2).flatten(0, 1)[:, :, None]  # (replicas * n, channels, 1, points)
     unfolded = F.unfold(images, (1, width), padding=(0, 1), stride=2).unflatten(0, (2, 4)).permute(0, 2, 3, 1)
     torch.testing.assert_close(columns, unfolded.flatten(2), rtol=0, atol=0)
