@@ -25,6 +25,7 @@ import sys
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import mnist1d_gen
 import utils
@@ -82,10 +83,7 @@ def forward(kind, p, x):
     """Logits (replicas, 10, n) of signals (replicas, 40, n)."""
     h = x[:, None]  # (replicas, 1 channel, 40 positions, n)
     for name in ("conv1", "conv2"):
-        if kind == "stride-2":
-            h = mnist1d.conv(p, name, 3, h, stride=2)
-        else:
-            h = Conv3.apply(p[f"{name}_weight"], p[f"{name}_bias"], h)
+        h = conv(p, name, h, stride=2 if kind == "stride-2" else 1)
         h = pool(kind, h.relu())
     return mnist1d.linear(p, "out", h.flatten(1, 2))  # of 40 positions, or of 10
 
@@ -94,39 +92,6 @@ def shapes(kind, channels=20):
     """The convolutions come first, so that those of a seed are the same for every kind."""
     convs = mnist1d.layer("conv1", 3, channels) | mnist1d.layer("conv2", 3 * channels, channels)
     return convs | mnist1d.layer("out", channels * (40 if kind == "none" else 10), 10)
-
-
-class Conv3(torch.autograd.Function):
-    """mnist1d.conv of width 3 and stride 1, faster: three products with views of h, and no copies of it.
-
-    Replicas do not change one another, but one that is trained alone differs in the last bits.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, bias, h):
-        padded = torch.nn.functional.pad(h, (0, 0, 1, 1))  # (replicas, channels, positions + 2, n)
-        ctx.save_for_backward(weight, padded)
-        taps, n = weight.unflatten(2, (-1, 3)), h.shape[2]
-        out = torch.baddbmm(bias, taps[..., 0], padded[:, :, :n].flatten(2))
-        for k in (1, 2):
-            out.baddbmm_(taps[..., k], padded[:, :, k : k + n].flatten(2))
-        return out.unflatten(2, h.shape[2:])
-
-    @staticmethod
-    def backward(ctx, gradient):
-        weight, padded = ctx.saved_tensors
-        taps, n, g = weight.unflatten(2, (-1, 3)), gradient.shape[2], gradient.flatten(2)
-        windows = [padded[:, :, k : k + n].flatten(2) for k in range(3)]
-        of_weight = torch.stack([torch.bmm(g, window.mT) for window in windows], dim=3).flatten(2)
-        of_h = None
-        if ctx.needs_input_grad[2]:
-            g_padded = torch.nn.functional.pad(gradient, (0, 0, 1, 1))
-            windows = [g_padded[:, :, 2 - k : 2 - k + n].flatten(2) for k in range(3)]
-            of_h = torch.bmm(taps[..., 0].mT, windows[0])
-            for k in (1, 2):
-                of_h.baddbmm_(taps[..., k].mT, windows[k])
-            of_h = of_h.unflatten(2, gradient.shape[2:])
-        return of_weight, g.sum(2, keepdim=True), of_h
 
 
 # Data and training
@@ -171,6 +136,49 @@ def train(config, seeds, progress):
     return records
 
 
+# The same convolution, faster
+
+
+def conv(p, name, h, stride):
+    """mnist1d.conv of width 3, by Conv3 where its stride is 1."""
+    if stride != 1:
+        return mnist1d.conv(p, name, 3, h, stride)
+    return Conv3.apply(p[f"{name}_weight"], p[f"{name}_bias"], h)
+
+
+class Conv3(torch.autograd.Function):
+    """mnist1d.conv of width 3 and stride 1 as three products, one for each tap of the kernel: no copies of h.
+
+    Replicas do not change one another, but one that is trained alone differs in the last bits.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, bias, h):
+        padded = F.pad(h, (0, 0, 1, 1))  # (replicas, channels, positions + 2, n)
+        ctx.save_for_backward(weight, padded)
+        taps, n = weight.unflatten(2, (-1, 3)), h.shape[2]
+        out = torch.baddbmm(bias, taps[..., 0], padded[:, :, :n].flatten(2))
+        for k in (1, 2):
+            out.baddbmm_(taps[..., k], padded[:, :, k : k + n].flatten(2))
+        return out.unflatten(2, h.shape[2:])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight, padded = ctx.saved_tensors
+        taps, n, g = weight.unflatten(2, (-1, 3)), gradient.shape[2], gradient.flatten(2)
+        windows = [padded[:, :, k : k + n].flatten(2) for k in range(3)]
+        of_weight = torch.stack([torch.bmm(g, window.mT) for window in windows], dim=3).flatten(2)
+        of_h = None
+        if ctx.needs_input_grad[2]:
+            g_padded = F.pad(gradient, (0, 0, 1, 1))
+            windows = [g_padded[:, :, 2 - k : 2 - k + n].flatten(2) for k in range(3)]
+            of_h = torch.bmm(taps[..., 0].mT, windows[0])
+            for k in (1, 2):
+                of_h.baddbmm_(taps[..., k].mT, windows[k])
+            of_h = of_h.unflatten(2, gradient.shape[2:])
+        return of_weight, g.sum(2, keepdim=True), of_h
+
+
 # What the page shows
 
 
@@ -211,7 +219,7 @@ def gain_table(found, split):
     rows = []
     for ending in (*map(str, SIZES), "50000-long"):
         cells, n = [], int(ending.split("-")[0])
-        for kind in (name for name in KINDS if name != "none"):
+        for kind in KINDS[1:]:
             if f"{kind}-{ending}" not in found:
                 cells.append("-")
                 continue
@@ -240,14 +248,12 @@ def fit_table(found):
     return markdown_table(head, rows)
 
 
-def draw(found):
+def plot(found):
     """Accuracy against training examples, and what pooling adds to it."""
     figure, axes = figures.subplots(1, 2, figsize=(10, 4.2))
     for number, kind in enumerate(KINDS):
         own = np.array([accuracies(found[f"{kind}-{n}"]) for n in SIZES])
-        mean, sd = own.mean(axis=1), own.std(axis=1, ddof=own.shape[1] > 1)
-        axes[0].fill_between(SIZES, mean - sd, mean + sd, color=f"C{number}", alpha=0.25, linewidth=0)
-        axes[0].plot(SIZES, mean, color=f"C{number}", label=kind)
+        figures.band(axes[0], SIZES, own.T, kind, color=f"C{number}")
         values = [published(kind, n) for n in SIZES]
         axes[0].plot(SIZES, values, "--", color=f"C{number}", linewidth=1)
         if kind in POOLS:
@@ -303,7 +309,7 @@ def main(argv=None):
             engine="torch",
             device="cpu",
         )
-    figures.save(draw(read_runs(args.out)), args.out / "pooling.png")
+    figures.save(plot(read_runs(args.out)), args.out / "pooling.png")
     common.show(args, PAGE, tables(args.out))
 
 
