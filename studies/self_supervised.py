@@ -66,15 +66,13 @@ CONFIGS = {f"projector-{name}": make_config(name) for name in PROJECTORS}
 def layers(p, x):
     """What each layer makes of signals (replicas, 40, n): a list of (replicas, units, n), the last is Z."""
     found, h = [], x[:, None]
-    for name in ("conv1", "conv2", "conv3"):  # as in mnist1d.convolutions
-        weight_and_bias = p[f"{name}_weight"], p[f"{name}_bias"]
-        h = HalvingConv.apply(*weight_and_bias, h) if found else mnist1d.conv(p, name, 5, h)
-        h = h.relu()
+    for name, width in (("conv1", 5), ("conv2", 3), ("conv3", 3)):  # as in mnist1d.convolutions
+        h = conv(p, name, width, h).relu()
         found.append(h.flatten(1, 2))
-    projector = [name.removesuffix("_weight") for name in p if name.endswith("r_weight")]
-    for name in projector:
-        h = mnist1d.linear(p, name, found[-1])
-        found.append(h if name == projector[-1] else h.relu())
+    depth = sum(name.startswith("projector") for name in p) // 2  # each has a weight and a bias
+    for number in range(1, depth + 1):
+        h = mnist1d.linear(p, f"projector{number}", found[-1])
+        found.append(h.relu() if number < depth else h)
     return found
 
 
@@ -83,8 +81,8 @@ H = 2  # the place of the encoder's last layer in that list
 
 def shapes(config):
     found, inputs = mnist1d.convolution_shapes(config["channels"]), 5 * config["channels"]
-    for number, width in enumerate(config["projector"]):
-        found |= mnist1d.layer(f"{number}_projector", inputs, width)
+    for number, width in enumerate(config["projector"], start=1):
+        found |= mnist1d.layer(f"projector{number}", inputs, width)
         inputs = width
     return found
 
@@ -101,40 +99,6 @@ def info_nce(z, temperature):
     first, second = F.normalize(z, dim=1).chunk(2, dim=2)
     similar = torch.bmm(first.mT, second) / temperature  # (replicas, n, n), right where both are the same
     return (similar.logsumexp(2) - similar.diagonal(dim1=1, dim2=2)).mean(1)
-
-
-class HalvingConv(torch.autograd.Function):
-    """mnist1d.conv of width 3 and stride 2, faster: even and odd positions are copied once, and never put
-    side by side."""
-
-    @staticmethod
-    def forward(ctx, weight, bias, h):
-        half, ctx.positions = (h.shape[2] + 1) // 2, h.shape[2]
-        middle = h[:, :, ::2].contiguous()  # what the middle of the kernel sees
-        sides = h.new_zeros(
-            *h.shape[:2], half + 1, h.shape[3]
-        )  # its left side sees all but the last of these
-        sides[:, :, 1 : 1 + h.shape[2] // 2] = h[:, :, 1::2]
-        ctx.save_for_backward(weight, middle, sides)
-        left, centre, right = weight.unflatten(2, (-1, 3)).unbind(3)
-        out = torch.baddbmm(bias, centre, middle.flatten(2))
-        out.baddbmm_(left, sides[:, :, :half].flatten(2))
-        return out.baddbmm_(right, sides[:, :, 1:].flatten(2)).unflatten(2, (half, -1))
-
-    @staticmethod
-    def backward(ctx, gradient):
-        weight, middle, sides = ctx.saved_tensors
-        (half, n), g = gradient.shape[2:], gradient.flatten(2)
-        seen = sides[:, :, :half], middle, sides[:, :, 1:]
-        of_weight = torch.stack([torch.bmm(g, each.flatten(2).mT) for each in seen], dim=3).flatten(2)
-        left, centre, right = (
-            torch.bmm(tap.mT, g).unflatten(2, (half, n)) for tap in weight.unflatten(2, (-1, 3)).unbind(3)
-        )
-        of_h = g.new_empty(*middle.shape[:2], ctx.positions, n)
-        of_h[:, :, ::2] = centre
-        of_h[:, :, 1::2] = right[:, :, : ctx.positions // 2]
-        of_h[:, :, 1 : 2 * half - 1 : 2] += left[:, :, 1:]
-        return of_weight, g.sum(2, keepdim=True), of_h
 
 
 # The altered copies
@@ -287,6 +251,51 @@ def fit_logistic(x, labels, penalty, tolerance, most=1_000):
     return weights().detach()
 
 
+# The same convolution, faster
+
+
+def conv(p, name, width, h):
+    """mnist1d.conv, by HalvingConv where the kernel is 3 wide."""
+    if width != 3:
+        return mnist1d.conv(p, name, width, h)
+    return HalvingConv.apply(p[f"{name}_weight"], p[f"{name}_bias"], h)
+
+
+class HalvingConv(torch.autograd.Function):
+    """mnist1d.conv of width 3 and stride 2 as three products, one for each tap of the kernel.
+
+    Even and odd positions are copied once each, not once for every window that they are in.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, bias, h):
+        half, ctx.positions = (h.shape[2] + 1) // 2, h.shape[2]
+        middle = h[:, :, ::2].contiguous()  # what the middle of the kernel sees
+        # What its sides see, padding first: the left one all but the last, the right one all but the first.
+        sides = h.new_zeros(*h.shape[:2], half + 1, h.shape[3])
+        sides[:, :, 1 : 1 + h.shape[2] // 2] = h[:, :, 1::2]
+        ctx.save_for_backward(weight, middle, sides)
+        left, centre, right = weight.unflatten(2, (-1, 3)).unbind(3)
+        out = torch.baddbmm(bias, centre, middle.flatten(2))
+        out.baddbmm_(left, sides[:, :, :half].flatten(2))
+        return out.baddbmm_(right, sides[:, :, 1:].flatten(2)).unflatten(2, (half, -1))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight, middle, sides = ctx.saved_tensors
+        (half, n), g = gradient.shape[2:], gradient.flatten(2)
+        seen = sides[:, :, :half], middle, sides[:, :, 1:]
+        of_weight = torch.stack([torch.bmm(g, each.flatten(2).mT) for each in seen], dim=3).flatten(2)
+        left, centre, right = (
+            torch.bmm(tap.mT, g).unflatten(2, (half, n)) for tap in weight.unflatten(2, (-1, 3)).unbind(3)
+        )
+        of_h = g.new_empty(*middle.shape[:2], ctx.positions, n)
+        of_h[:, :, ::2] = centre
+        of_h[:, :, 1::2] = right[:, :, : ctx.positions // 2]
+        of_h[:, :, 1 : 2 * half - 1 : 2] += left[:, :, 1:]
+        return of_weight, g.sum(2, keepdim=True), of_h
+
+
 # What the page shows
 
 
@@ -308,18 +317,13 @@ def names_of(name):
 
 def accuracy_table(found):
     """Neighbours of Z, read-out of H and the loss, with what was published in brackets."""
-    rows = []
+    both, rows = ("knn_accuracy", "linear_accuracy"), []
     for name in PROJECTORS:
         run, row = found[f"projector-{name}"], row_of(name)
         losses = [record["loss"] for record in run.final("train")]
         shown = f" ({row['train_loss']})" if "train_loss" in row else ""
-        cells = [
-            f"{mean_sd(values(run, quantity), '.1f')} ({row[quantity]})"
-            for quantity in ("knn_accuracy", "linear_accuracy")
-        ]
-        before = [
-            mean_sd(values(run, quantity, 0), ".1f") for quantity in ("knn_accuracy", "linear_accuracy")
-        ]
+        cells = [f"{mean_sd(values(run, quantity), '.1f')} ({row[quantity]})" for quantity in both]
+        before = [mean_sd(values(run, quantity, 0), ".1f") for quantity in both]
         late = values(run, "linear_accuracy", -2)  # the last evaluation but one is that of pass 160
         stored = utils.reference("mnist1d")["simclr-best"]["linear_accuracy"] if name == "default" else None
         cells.append(f"{mean_sd(late, '.1f')}{f' ({stored})' * bool(stored)}")
@@ -344,21 +348,13 @@ def layer_table(found):
         wins = [max(range(len(layers)), key=lambda place: own[place]) for own in zip(*layers)]
         for place, (label, own) in enumerate(zip(names_of(name), layers)):
             differences = [
-                "-" if place == other else difference([a - b for a, b in zip(own, layers[other])])
+                "-" if place == other else difference(np.subtract(own, layers[other]))
                 for other in (0, len(layers) - 1)
             ]
             shown = row[f"layer{place + 1}_accuracy"]
             cells = f"{mean_sd(own, '.1f')}", shown, wins.count(place), *differences
             rows.append((name, f"**{label}**" if place == best else label, *cells))
-    head = (
-        "projector",
-        "layer",
-        "ours",
-        "published",
-        "best in seeds",
-        "minus the first",
-        "minus the last",
-    )
+    head = ["projector", "layer", "ours", "published", "best in seeds", "minus the first", "minus the last"]
     return markdown_table(head, rows, left=2)
 
 
@@ -370,7 +366,7 @@ def projector_table(found):
     rows = []
     for one, other in (("default", "none"), ("deep", "none"), ("deep", "default")):
         pairs = ((layers[one][H], layers[other][H]), (best[one], best[other]), (knn[one], knn[other]))
-        cells = (difference([a - b for a, b in zip(*pair)]) for pair in pairs)
+        cells = (difference(np.subtract(*pair)) for pair in pairs)
         place = [names_of(name)[layers[name].index(best[name])] for name in (one, other)]
         rows.append((f"{one} minus {other}", *cells, " against ".join(place)))
     head = "projector", "read-out of H", "of the best layer", "neighbours of Z", "best layers"
@@ -390,7 +386,7 @@ def pixel_table():
     return markdown_table(("reading of the signals themselves", "ours", "published"), rows)
 
 
-def draw(found):
+def plot(found):
     """Accuracy while training, and layer by layer; published values dashed."""
     figure, axes = figures.subplots(1, 2, figsize=(10, 4.2))
     for number, name in enumerate(PROJECTORS):
@@ -398,16 +394,12 @@ def draw(found):
         passes = [record["pass"] for record in next(iter(run.records.values())) if record["split"] == "test"]
         for quantity, style in (("linear_accuracy", "-"), ("knn_accuracy", ":")):
             own = np.array([values(run, quantity, place) for place in range(len(passes))])
-            mean, sd = own.mean(axis=1), own.std(axis=1, ddof=own.shape[1] > 1)
-            axes[0].fill_between(passes, mean - sd, mean + sd, **colour, alpha=0.25, linewidth=0)
-            label = {"label": f"projector: {name}"} if style == "-" else {}
-            axes[0].plot(passes, mean, style, **colour, **label)
+            label = f"projector: {name}" if style == "-" else None
+            figures.band(axes[0], passes, own.T, label, linestyle=style, **colour)
             axes[0].plot([passes[-1], 1.08 * passes[-1]], [row[quantity]] * 2, "--", color="0.5")
         own = np.array(layer_values(run))
-        places, sd = np.arange(1, len(own) + 1), own.std(axis=1, ddof=own.shape[1] > 1)
-        mean = own.mean(axis=1)
-        axes[1].fill_between(places, mean - sd, mean + sd, **colour, alpha=0.25, linewidth=0)
-        axes[1].plot(places, mean, "o-", **colour, markersize=4, label=f"projector: {name}")
+        places = range(1, len(own) + 1)
+        figures.band(axes[1], places, own.T, f"projector: {name}", marker="o", markersize=4, **colour)
         stored = [row[f"layer{place}_accuracy"] for place in places]
         axes[1].plot(places, stored, "--", color="0.5", linewidth=1)
     axes[0].set(xlabel="passes", ylabel="test accuracy (%); dashed grey: published")
@@ -450,7 +442,7 @@ def main(argv=None):
         engine="torch",
         device="cpu",
     )
-    figures.save(draw(found), args.out / "self_supervised.png")
+    figures.save(plot(found), args.out / "self_supervised.png")
     common.show(args, PAGE, tables(args.out))
 
 
