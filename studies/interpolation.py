@@ -49,9 +49,11 @@ COUNTS = {
     "n (K - 1)": lambda n, k: n * (k - 1),
     "n log2 K": lambda n, k: n * math.log2(k),
 }
-# The widths tried have these shares of what n (K - 1) (squared error) or n log2 K (log-likelihood) ask for.
-GRID = {(loss, 2): range(-3, 4) for loss in LOSSES}  # 10^-0.3 to 10^0.3
-GRID |= {(loss, k): range(*ends) for loss, ends in (("mse", (-3, 3)), ("nll", (-4, 2))) for k in (5, 10)}
+# The widths are those with 10^(tenths / 10) times n (K - 1) parameters, or n log2 K for the log-likelihood.
+TENTHS = {
+    "mse": {2: range(-3, 4), 5: range(-3, 3), 10: range(-3, 3)},
+    "nll": {2: range(-3, 4), 5: range(-4, 2), 10: range(-4, 2)},
+}
 PASSES = {500: 900, 1000: 640, 2000: 450, 4000: 320}  # so that all n come about as near to their end
 NUM_SAMPLES = 25_000  # of which four fifths are training examples
 GROUP = 1000  # hidden units that are trained as one batch: their activations fit a core's cache
@@ -89,7 +91,7 @@ def make_config(loss, n, labels, cells, passes):
 
 def thresholds_config(loss, n, passes):
     count = COUNTS["n (K - 1)" if loss == "mse" else "n log2 K"]
-    cells = [make_cell(k, [10 ** (tenth / 10) * count(n, k) for tenth in GRID[loss, k]]) for k in CLASSES]
+    cells = [make_cell(k, [10 ** (tenth / 10) * count(n, k) for tenth in TENTHS[loss][k]]) for k in CLASSES]
     return make_config(loss, n, "random", cells, passes)
 
 
@@ -98,7 +100,7 @@ PEAK_COUNTS = [1000 * 10 ** (step / 6) for step in range(-4, 9)]  # 215 to 21,54
 WIDTHS_2020 = [10, 20, 30, 40, 50, 70, 110, 150, 190, 230, 310, 430]
 CONFIGS = {
     **{f"{loss}-{n}": thresholds_config(loss, n, PASSES[n]) for n in SIZES[:3] for loss in LOSSES},
-    **{f"{loss}-{n}-long": thresholds_config(loss, n, 2 * PASSES[n]) for n in (500,) for loss in LOSSES},
+    **{f"{loss}-500-long": thresholds_config(loss, 500, 2 * PASSES[500]) for loss in LOSSES},
     **{
         f"{loss}-noisy": make_config(loss, 1000, "noisy", [make_cell(k, PEAK_COUNTS) for k in CLASSES], 200)
         for loss in LOSSES
@@ -137,9 +139,9 @@ def make_labels(config, seed, labels):
     return torch.where(torch.tensor(generator.random(len(labels)) < noise), random, labels)
 
 
-# The networks. Those of several widths and seeds (replicas) are trained together: hidden units that one has
-# not are 0, and stay so. p has the hidden weights with their bias (replicas, H, 41), the output weights
-# (replicas, K, H) and the output bias (replicas, K, 1).
+# The networks. Those of several widths and seeds (replicas) are trained together: a narrow one is padded with
+# hidden units whose weights are 0, and stay so. p has the hidden weights with their bias (replicas, H, 41),
+# the output weights (replicas, K, H) and the output bias (replicas, K, 1).
 
 
 def init_parameters(replicas, classes):
@@ -280,6 +282,9 @@ def train(config, seeds, data, progress):
     return records
 
 
+# Reading the thresholds
+
+
 def fits(record, loss, criterion):
     """Whether a network fits the training set, by its last evaluation."""
     return record["misses"] == 0 if criterion == "errors" else record["loss"] < SMALL_LOSS[loss]
@@ -410,12 +415,8 @@ def ratio_table(found):
                 means[n, k] = statistics.geometric_mean(values)
         for count in COUNTS.values():
             ratios = [mean / count(*cell) for cell, mean in means.items()]
-            spread = (
-                f"{min(ratios):.2f} to {max(ratios):.2f} (x {max(ratios) / min(ratios):.1f})"
-                if ratios
-                else "-"
-            )
-            yield spread
+            low, high = min(ratios, default=math.nan), max(ratios, default=math.nan)
+            yield f"{low:.2f} to {high:.2f} (x {high / low:.1f})" if ratios else "-"
 
     return reading_table([f"P* / {name}" for name in COUNTS], cells)
 
@@ -455,30 +456,19 @@ def peak_table(found):
 
 def table_2020(found):
     """Our losses at the widths nearest to those of the points that were read off the figure of 2020."""
-    row, records, rows = (
-        utils.reference("mnist1d")["double-descent-2020-mlp"],
-        found["figure-2020"].records,
-        [],
-    )
-    widths = sorted({record["width"] for own in records.values() for record in own})
+    row, rows = utils.reference("mnist1d")["double-descent-2020-mlp"], []
+    records = [record for own in found["figure-2020"].records.values() for record in own]
+    widths = sorted({record["width"] for record in records})
     for what, parameters, published in zip(row["points"], row["parameters"], row["test_losses"]):
         width = min(widths, key=lambda width: abs(parameters_of(width, 10) - parameters))
-        losses = {
-            split: [
-                r["loss"]
-                for own in records.values()
-                for r in own
-                if (r["width"], r["split"]) == (width, split)
-            ]
-            for split in ("test", "train")
-        }
-        ours = (mean_sd(values) for values in losses.values())
+        own = [record for record in records if record["width"] == width]
+        ours = (mean_sd([r["loss"] for r in own if r["split"] == split]) for split in ("test", "train"))
         rows.append((what, f"{parameters:,}", published, f"{parameters_of(width, 10):,}", *ours))
     head = ["point", "parameters", "test loss, published", "our parameters", "our test loss", "training loss"]
     return markdown_table(head, rows)
 
 
-def draw_thresholds(found):
+def plot_thresholds(found):
     """P* against n for each K: a row for each loss, a column for each reading of "fits"."""
     figure, axes = figures.subplots(2, 2, figsize=(10, 8), sharex=True, sharey="row")
     for axis, (loss, criterion) in zip(axes.flat, READINGS):
@@ -505,13 +495,13 @@ def draw_thresholds(found):
     return figure
 
 
-def draw_peaks(found):
+def plot_peaks(found):
     """Test loss against the number of parameters: noisy labels, and the figure of 2020."""
     figure, axes = figures.subplots(1, 3, figsize=(13, 4.2))
     for axis, loss in zip(axes, LOSSES):
         n = found[f"{loss}-noisy"].config["n"]
         for number, k in enumerate(CLASSES):
-            draw_curve(axis, records_of(found[f"{loss}-noisy"], k, "test"), f"C{number}", f"K = {k}")
+            plot_curve(axis, records_of(found[f"{loss}-noisy"], k, "test"), f"C{number}", f"K = {k}")
             if loss == "mse":
                 axis.axvline(n * k, color=f"C{number}", linestyle="--", linewidth=1)
         if loss == "nll":
@@ -520,7 +510,7 @@ def draw_peaks(found):
         axis.set(title=f"{LOSSES[loss]}, n = {n:,}, 15% noise; dashed: {claim}")
     run, row = found["figure-2020"], utils.reference("mnist1d")["double-descent-2020-mlp"]
     for split, colour in ("train", "C1"), ("test", "C0"):
-        draw_curve(axes[2], records_of(run, 10, split), colour, split)
+        plot_curve(axes[2], records_of(run, 10, split), colour, split)
     axes[2].plot(row["parameters"], row["test_losses"], "x--", color="0.5", label="test, published")
     axes[2].axvline(run.config["n"], color="0.5", linestyle="--", linewidth=1)
     axes[2].set(title=f"log-likelihood, n = {run.config['n']:,}, K = 10, clean", ylim=(0, None))
@@ -530,19 +520,16 @@ def draw_peaks(found):
     for axis in axes:
         axis.set(xscale="log", xlabel="parameters")
         axis.grid(True)
-        axis.legend(
-            fontsize="small", title=f"mean ± sd, n = {len(run.records)} seeds", title_fontsize="small"
-        )
+        title = f"mean ± sd, n = {len(run.records)} seeds"
+        axis.legend(fontsize="small", title=title, title_fontsize="small")
     return figure
 
 
-def draw_curve(axis, records, colour, label):
+def plot_curve(axis, records, colour, label):
     """The loss against the number of parameters: mean ± standard deviation over seeds."""
     places = [record["parameters"] for record in records[min(records)]]
     losses = np.array([[record["loss"] for record in own] for own in records.values()])
-    mean, sd = losses.mean(axis=0), losses.std(axis=0, ddof=len(losses) > 1)
-    axis.fill_between(places, mean - sd, mean + sd, color=colour, alpha=0.25, linewidth=0)
-    axis.plot(places, mean, ".-", color=colour, label=label)
+    figures.band(axis, places, losses, label, marker=".", color=colour)
 
 
 def tables(folder):
@@ -562,9 +549,7 @@ def tables(folder):
 def main(argv=None):
     parser = common.study_flags("interpolation", __doc__)
     args = common.parse(parser, argv)
-    if args.engine == "c":
-        raise utils.BadRequest("--engine c: there is no C engine for these models; leave it out")
-    common.refuse(parser, args, "device", "data_root")
+    common.refuse(parser, args, "data_root", "device", "engine")
     torch.set_num_threads(1)
     configs = {name: smoke(config) if args.smoke else config for name, config in CONFIGS.items()}
     data = mnist1d_gen.make_dataset(num_samples=NUM_SAMPLES)
@@ -578,8 +563,8 @@ def main(argv=None):
         together=True,
         engine="torch",
     )
-    figures.save(draw_thresholds(found), args.out / "thresholds.png")
-    figures.save(draw_peaks(found), args.out / "peaks.png")
+    figures.save(plot_thresholds(found), args.out / "thresholds.png")
+    figures.save(plot_peaks(found), args.out / "peaks.png")
     common.show(args, PAGE, tables(args.out))
 
 
