@@ -218,25 +218,25 @@ def tables_of(found):
 
 def draw_pruning(axes, found):
     """Panels a and b: test loss and accuracy after each round, by the weights that are left."""
-    lines = {"step-1000": "smallest removed", "all-rounds": "the same in 100 rounds", "random": "random"}
-    for color, (name, words) in enumerate(lines.items()):
+    lines = ("all-rounds", "smallest removed, 100 rounds", "C4"), ("random", "random removed", "C1")
+    for name, words, color in (*lines, ("step-1000", "smallest removed", "C2")):
         if name not in found:
             continue
         rounds = [own for own in rounds_of(found[name]).values() if own[0]["sparsity"] < 1]
         left = [100 - 100 * own[0]["sparsity"] for own in rounds]
         losses = np.array([[record["loss"] for record in own] for own in rounds])
         accuracies = np.array([accuracy(own) for own in rounds])
-        for axis, values in zip(axes, (losses, accuracies)):
-            mean, sd = values.mean(axis=1), values.std(axis=1, ddof=values.shape[1] > 1)
-            axis.fill_between(left, mean - sd, mean + sd, color=f"C{color}", alpha=0.25, linewidth=0)
-            axis.plot(left, mean, color=f"C{color}", label=f"{words}, n = {values.shape[1]}")
+        for axis, values in zip(axes, (losses.T, accuracies.T)):
+            figures.band(axis, left, values, f"{words}, n = {len(values)}", color=color)
             if name == "step-1000":
-                axis.axhline(mean[0], color="0.8", linewidth=0.8, zorder=0)
+                axis.axhline(values[:, 0].mean(), color="0.8", linewidth=0.8, zorder=0)
         for place, own in zip(left, rounds if name != "all-rounds" else []):
             trials = published_trials("random" if name == "random" else "smallest", own[0]["sparsity"])
             axes[1].plot([place] * len(trials), trials, "_", color="0.4", markersize=6)
     axes[0].set(title="a) weights removed; mean ± sd", ylabel="test loss", yscale="log")
-    axes[0].legend(fontsize="small", loc="upper left")
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter("{x:g}")
+    axes[0].legend(fontsize="small", loc="lower left")
     axes[1].set(title="b) grey dashes: the published trials", ylabel="test accuracy (%)", ylim=(10, 80))
     for axis in axes:
         axis.set(xlabel="weights left (%)", xscale="log", xlim=(110, 0.9))
@@ -283,10 +283,8 @@ def draw_adjacent(axes, found):
         axes[0].bar(places, values.mean(axis=1), 0.36, yerr=sd, color=color, label=label)
         for place, value in zip(places, by_unit.mean(axis=1)):
             axes[0].plot([place - 0.18, place + 0.18], [value] * 2, "--", color="black", linewidth=1.2)
-        curves = np.array([[at_distance(mask, distance) for distance in distances] for mask in masks])
-        mean, sd = curves.mean(axis=0), curves.std(axis=0, ddof=len(masks) > 1)
-        axes[1].fill_between(distances, mean - sd, mean + sd, color=color, alpha=0.25, linewidth=0)
-        axes[1].plot(distances, mean, color=color, label=label)
+        curves = [[at_distance(mask, distance) for distance in distances] for mask in masks]
+        figures.band(axes[1], distances, curves, label, color=color)
     for axis in axes:
         axis.axhline(1, color="0.5", linestyle="--", linewidth=1)
         axis.set_ylabel("times as often as by chance")

@@ -180,9 +180,7 @@ def curves(found):
             ]
             steps = [record["step"] for record in own[0]]
             accuracies = 100 - np.array([[record["error"] for record in records] for records in own])
-            mean, sd = accuracies.mean(axis=0), accuracies.std(axis=0, ddof=len(own) > 1)
-            axis.fill_between(steps, mean - sd, mean + sd, color=f"C{number}", alpha=0.25, linewidth=0)
-            axis.plot(steps, mean, color=f"C{number}", label=model)
+            figures.band(axis, steps, accuracies, model, color=f"C{number}")
             value = published_row(model, order)["test_accuracy"]
             axis.plot([steps[-1], 1.1 * steps[-1]], [value, value], "--", color=f"C{number}", linewidth=2)
         axis.set(xlabel="step", title=f"{order} signals: mean ± sd, n = {len(own)}", ylim=(0, 100))
