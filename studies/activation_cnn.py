@@ -11,7 +11,9 @@ from datasets import cifar10
 from records import run as runs
 from studies.metalearn_lr import sample_linear
 
-CHANNELS = 8, 16
+DATA = {"mnist28": "MNIST", "cifar10": "CIFAR-10"}
+ACTIVATIONS = "relu", "swish", "elu", "learned", "tanh", "gelu", "softplus", "sigmoid"
+SEEDS = 5
 
 
 def make_config(data, activation):
@@ -19,7 +21,7 @@ def make_config(data, activation):
     return {
         "data": data,
         "activation": activation,
-        "channels": CHANNELS,
+        "channels": [8, 16],
         "train_size": 12_000,
         "validation_size": 5_000,
         "test_size": 10_000,
@@ -35,12 +37,12 @@ def make_config(data, activation):
 def sample_cnn(seed, images, channels):
     """Parameters as PyTorch's layers begin: two convolutions of stride 2, and a linear layer."""
     generator, p = torch.Generator().manual_seed(seed), []
-    (inputs, height, width), outputs = images.shape[1:], channels
-    for before, after in zip((inputs, *outputs), outputs):
+    inputs, height, width = images.shape[1:]
+    for before, after in zip((inputs, *channels), channels):
         weight, bias = sample_linear(generator, 9 * before, after)
         p += [weight.view(after, before, 3, 3), bias.flatten()]
         height, width = -(-height // 2), -(-width // 2)
-    weight, bias = sample_linear(generator, outputs[-1] * height * width, 10)
+    weight, bias = sample_linear(generator, channels[-1] * height * width, 10)
     return [tensor.requires_grad_() for tensor in (*p, weight, bias.flatten())]
 
 
@@ -119,17 +121,13 @@ def load(data, config, data_root=None):
         splits[split] = images.reshape(len(images), *images.shape[1:3], -1).astype(np.float32), labels
     images, labels = splits["train"]
     order = np.random.default_rng(config["subset_seed"]).permutation(len(labels))
-    ends = config["train_size"], config["train_size"] + config["validation_size"]
-    splits["train"], splits["validation"] = (
-        (images[rows], labels[rows]) for rows in (order[: ends[0]], order[ends[0] : ends[1]])
-    )
+    for split in ("train", "validation"):
+        rows, order = np.split(order, [config[f"{split}_size"]])
+        splits[split] = images[rows], labels[rows]
     splits["test"] = tuple(each[: config["test_size"]] for each in splits["test"])
-    mean = splits["train"][0].mean(axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
-    sd = splits["train"][0].std(axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
-    return {
-        split: (
-            torch.from_numpy(np.ascontiguousarray(((images - mean) / sd).transpose(0, 3, 1, 2))),
-            torch.from_numpy(labels).long(),
-        )
-        for split, (images, labels) in splits.items()
-    }, digest.hexdigest()
+    own = splits["train"][0]
+    mean, sd = (each((0, 1, 2), dtype=np.float64).astype(np.float32) for each in (own.mean, own.std))
+    for split, (images, labels) in splits.items():
+        images = np.ascontiguousarray(((images - mean) / sd).transpose(0, 3, 1, 2))
+        splits[split] = torch.from_numpy(images), torch.from_numpy(labels).long()
+    return splits, digest.hexdigest()

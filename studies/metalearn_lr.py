@@ -23,7 +23,6 @@ import sys
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import mnist1d_gen
 import utils
@@ -98,7 +97,7 @@ def train_inner(lr, p, batches):
     """
     losses, p = [], {name: tensor.requires_grad_() for name, tensor in p.items()}
     for x, y in batches:
-        loss = F.cross_entropy(forward(p, x), y, reduction="none").mean(dim=1)
+        loss = mnist1d.cross_entropy(forward(p, x), y)
         gradients = torch.autograd.grad(loss.sum(), list(p.values()), create_graph=lr.requires_grad)
         p = {name: tensor - lr[:, None, None] * g for (name, tensor), g in zip(p.items(), gradients)}
         if not lr.requires_grad:
@@ -117,15 +116,13 @@ def meta_gradient(lr, p, batches):
 
 def make_batches(config, order_seeds, signals, labels):
     """Signals (replicas, 40, n) and labels (replicas, n) of each inner step; None is the stored order."""
-    n, size = len(labels), config["batch_size"]
-    orders = np.stack(
-        [np.arange(n) if s is None else np.random.default_rng(s).permutation(n) for s in order_seeds]
-    )
-    found = []
+    n, size, batches = len(labels), config["batch_size"], []
+    orders = [np.arange(n) if s is None else np.random.default_rng(s).permutation(n) for s in order_seeds]
+    orders = torch.from_numpy(np.stack(orders))
     for step in range(config["inner_steps"]):
-        rows = torch.from_numpy(orders[:, step * size % n : step * size % n + size])
-        found.append((signals[:, rows].movedim(1, 0).contiguous(), labels[rows]))
-    return found
+        rows = orders[:, step * size % n :][:, :size]
+        batches.append((signals[:, rows].movedim(1, 0).contiguous(), labels[rows]))
+    return batches
 
 
 def seeds_of(config, seeds, outer_step=0):
@@ -135,46 +132,46 @@ def seeds_of(config, seeds, outer_step=0):
     return networks, {"seed": seeds, "fresh": fresh, "stored": [None] * len(seeds)}[config["order"]]
 
 
+def begin(config, seeds, split, outer_step=0):
+    """The initial networks and the batches of an outer step."""
+    networks, orders = seeds_of(config, seeds, outer_step)
+    generators = [torch.Generator().manual_seed(seed) for seed in networks]
+    return sample_networks(generators, config["hidden"]), make_batches(config, orders, *split)
+
+
 def train(config, seeds, data, progress):
     """Learn the rate, or try all of the grid, with a replica for each seed: seed -> records."""
     splits = {s: mnist1d.as_tensors(data[f"x{s}"], data[f"y{s}"]) for s in ("", "_test")}
     records = {seed: [] for seed in seeds}
 
-    def begin(seeds, step=0):
-        networks, orders = seeds_of(config, seeds, step)
-        generators = [torch.Generator().manual_seed(seed) for seed in networks]
-        return sample_networks(generators, config["hidden"]), make_batches(config, orders, *splits[""])
-
-    def report(lr, split, begun):
-        """Train at these rates, and add the records of the networks that come of it."""
-        losses, p = train_inner(lr, *begun)
+    def add_records(lr, split, p, batches):
+        """Train with these rates, and add an evaluation of each network; not of one that has diverged."""
+        losses, p = train_inner(lr, p, batches)
         evaluated = mnist1d.evaluate(forward, {name: t.detach() for name, t in p.items()}, *splits["_test"])
         for own, rate, loss, test_loss, missed in zip(records.values(), lr, losses, *evaluated):
-            if not rate.isfinite():
-                continue  # this replica has diverged, and its records end there
-            n = len(splits["_test"][1])
-            found = runs.evaluation(0, split, test_loss, sum(missed), n)
-            means = {"mean_loss": loss.mean().item(), "final_loss": loss[-1].item()}
-            own.append(found | {"lr": round(rate.item(), 6)} | means)
+            if rate.isfinite():
+                found = runs.evaluation(0, split, test_loss, sum(missed), len(splits["_test"][1]))
+                means = {"mean_loss": loss.mean().item(), "final_loss": loss[-1].item()}
+                own.append(found | {"lr": round(rate.item(), 6)} | means)
 
+    p, batches = begin(config, seeds, splits[""])
+    for lr in config.get("grid", []):
+        add_records(torch.full([len(seeds)], lr), "grid", p, batches)
+        progress(len(seeds))
     if "grid" in config:
-        begun = begin(seeds)
-        for lr in config["grid"]:
-            report(torch.full([len(seeds)], lr), "grid", begun)
-            progress(len(seeds))
         return records
-    lr, begun = torch.full([len(seeds)], float(config["first_lr"])), None
+    lr = torch.full([len(seeds)], float(config["first_lr"]))
     for step in range(config["outer_steps"]):
-        if begun is None or config["network"] == "fresh":
-            begun = begin(seeds, step)
-        outer, gradient, losses = meta_gradient(lr, *begun)
+        if step and config["network"] == "fresh":
+            p, batches = begin(config, seeds, splits[""], step)
+        outer, gradient, losses = meta_gradient(lr, p, batches)
         lr = lr - config["outer_lr"] * gradient
         for own, *values in zip(records.values(), lr, outer, losses[:, -1], gradient):
             names = "lr", "mean_loss", "final_loss", "gradient"
-            if all(value.isfinite() for value in values):
+            if all(value.isfinite() for value in values):  # the records of a replica end where it diverges
                 own.append({"step": step, "split": "outer"} | dict(zip(names, (v.item() for v in values))))
         progress(len(seeds))
-    report(lr, "test", begin(seeds, config["outer_steps"]))
+    add_records(lr, "test", *begin(config, seeds, splits[""], config["outer_steps"]))
     return records
 
 
@@ -198,38 +195,58 @@ def grid_losses(found, condition, what="mean_loss"):
     return np.array(run.config["grid"]), np.array([[r[what] for r in own] for own in run.records.values()])
 
 
-def curves(found):
-    """The rates while they are learned, the loss at every rate of the grid, and all learned rates."""
-    figure, (left, middle, right) = figures.subplots(1, 3, figsize=(13, 4))
-    for colour, (start, lr) in enumerate(STARTS.items()):
+def draw_lines(axis, x, lines, middle, colour, label):
+    """A thin line for each network, and a bold one for what stands for all of them."""
+    for line in lines:
+        axis.plot(x[: len(line)], line, color=colour, linewidth=0.7, alpha=0.6)
+    axis.plot(x, middle, color=colour, linewidth=2.5, label=label)
+
+
+def draw_learning(axis, found):
+    """The rates of all networks while they are learned; the median is of those that do not diverge."""
+    for colour, (start, lr) in zip(("C0", "C1"), STARTS.items()):
         records = found[f"networks-from-{start}"].records.values()
         paths = [[lr] + [r["lr"] for r in own if r["split"] == "outer"] for own in records]
-        for path in paths:
-            left.plot(path, color=f"C{colour}", linewidth=0.7, alpha=0.6)
-        whole = [path for path in paths if len(path) == max(map(len, paths))]
-        left.plot(np.median(whole, axis=0), color=f"C{colour}", linewidth=2.5, label=f"from {lr}")
-    left.set(xlabel="outer step", ylabel="learning rate", yscale="log", ylim=(0.1, 4))
-    left.set_yticks([0.1, 0.2, 0.4, 0.8, 1.6, 3.2], minor=False)
-    left.set_yticks([], minor=True)
-    left.yaxis.set_major_formatter("{x:g}")
-    left.set(title=f"while it is learned: {len(paths)} networks, and median")
+        longest = max(map(len, paths))
+        median = np.median([path for path in paths if len(path) == longest], axis=0)
+        draw_lines(axis, range(longest), paths, median, colour, f"from {lr}")
+    axis.set(xlabel="outer step", ylabel="learning rate", yscale="log", ylim=(0.1, 4))
+    axis.set_yticks([0.1, 0.2, 0.4, 0.8, 1.6, 3.2], minor=False)
+    axis.set_yticks([], minor=True)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_title(f"while it is learned: {len(paths)} networks, and median")
+
+
+def draw_grid(axis, found):
+    """The loss of all networks at every rate of the grid."""
     rates, losses = grid_losses(found, "networks")
-    middle.plot(rates, losses.T, color="C2", linewidth=0.7, alpha=0.6)
-    middle.plot(rates, losses.mean(axis=0), color="C2", linewidth=2.5, label="mean of 200 losses")
-    middle.plot(rates[losses.argmin(axis=1)], losses.min(axis=1), "ko", markersize=4, label="best of each")
+    draw_lines(axis, rates, losses, losses.mean(axis=0), "C2", "mean of 200 losses")
+    axis.plot(rates[losses.argmin(axis=1)], losses.min(axis=1), "ko", markersize=4, label="best of each")
     test = grid_losses(found, "networks", "loss")[1].mean(axis=0)
-    middle.plot(rates, test, color="C3", linewidth=2.5, label="test loss after 200 steps")
-    middle.set(xlabel="learning rate", ylabel="loss", xscale="log", ylim=(1.4, 2.2))
-    middle.xaxis.set_major_formatter("{x:g}")
-    middle.set(title=f"every rate of a grid: {len(losses)} networks, and mean")
-    columns = list(itertools.product(CONDITIONS, STARTS))
-    for column, (condition, start) in enumerate(columns):
+    axis.plot(rates, test, color="C3", linewidth=2.5, label="test loss after 200 steps")
+    axis.set(xlabel="learning rate", ylabel="loss", xscale="log", ylim=(1.4, 2.2))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set_title(f"every rate of a grid: {len(losses)} networks, and mean")
+
+
+def draw_learned(axis, found):
+    """All learned rates, by condition and start."""
+    names = []
+    for column, (condition, start) in enumerate(itertools.product(CONDITIONS, STARTS)):
         values, colour = list(learned(found, condition, start).values()), f"C{column % 2}"
-        right.plot(column + np.linspace(-0.25, 0.25, len(values)), values, "o", color=colour, markersize=4)
-        right.plot([column - 0.3, column + 0.3], [statistics.fmean(values)] * 2, color=colour)
-    names = [f"{condition}\nfrom {STARTS[start]}" for condition, start in columns]
-    right.set_xticks(range(len(names)), names, fontsize="small")
-    right.set(ylabel="learned rate", ylim=(0, 1), title="after 50 outer steps, by what differs; and mean")
+        axis.plot(column + np.linspace(-0.25, 0.25, len(values)), values, "o", color=colour, markersize=4)
+        axis.plot([column - 0.3, column + 0.3], [statistics.fmean(values)] * 2, color=colour)
+        names.append(f"{condition}\nfrom {STARTS[start]}")
+    axis.set_xticks(range(len(names)), names, fontsize="small")
+    axis.set(ylabel="learned rate", ylim=(0, 1), title="after 50 outer steps, by what differs; and mean")
+
+
+def draw(found):
+    """The rates while they are learned, the loss at every rate of the grid, and all learned rates."""
+    figure, (left, middle, right) = figures.subplots(1, 3, figsize=(13, 4))
+    draw_learning(left, found)
+    draw_grid(middle, found)
+    draw_learned(right, found)
     published = utils.reference("mnist1d")["learning-rate"]["lr"]
     for axis, line in (left, left.axhline), (middle, middle.axvline), (right, right.axhline):
         line(published, color="0.5", linestyle="--", linewidth=1, label=f"published: {published}")
@@ -342,7 +359,7 @@ def main(argv=None):
         work=lambda config: config.get("outer_steps") or len(config["grid"]),
         together=True,
     )
-    figures.save(curves(found), args.out / "metalearn_lr.png")
+    figures.save(draw(found), args.out / "metalearn_lr.png")
     common.show(args, PAGE, tables(args.out))
 
 

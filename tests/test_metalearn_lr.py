@@ -1,7 +1,9 @@
 """studies/metalearn_lr.py: its gradient against finite differences, its networks against torch.nn."""
 
 import functools
+import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from torch import nn
 import mnist1d_gen
 import utils
 from records import tables
-from studies import metalearn_lr
+from studies import metalearn_lr, mnist1d
 
 generate = functools.cache(mnist1d_gen.make_dataset)
 
@@ -80,7 +82,7 @@ def test_inner_training_is_plain_sgd(condition):
     for replica, (network, order_seed) in enumerate(zip(networks, orders)):
         order = range(4000)
         if order_seed is not None:
-            order = metalearn_lr.np.random.default_rng(order_seed).permutation(4000)
+            order = np.random.default_rng(order_seed).permutation(4000)
             assert sorted(order) == list(range(4000))
         expected = plain_losses(network, rates[replica].item(), 85, list(order))
         torch.testing.assert_close(losses[replica].tolist(), expected, rtol=1e-5, atol=0)
@@ -115,6 +117,35 @@ def test_a_replica_does_not_depend_on_the_others():
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("condition", metalearn_lr.CONDITIONS)
+def test_learning_descends_the_gradient_and_ends_with_a_test(condition):
+    """Each outer step has the network and the order of its condition, and so does the last evaluation."""
+    config = metalearn_lr.CONFIGS[f"{condition}-from-low"] | {"inner_steps": 6, "outer_steps": 3}
+    *outer, last = train(config, [2, 4])[4]
+    lr = torch.tensor([0.15])
+    signals, labels = mnist1d.as_tensors(generate()["x"], generate()["y"])
+    for step in range(4):
+        network = {"networks": 4, "orders": 0, "fresh": 14_000 + step}[condition]
+        order = {"networks": None, "orders": 4, "fresh": 14_000 + step}[condition]
+        p = sample([network], dtype=torch.float32)
+        batches = metalearn_lr.make_batches(config, [order], signals, labels)
+        if step < 3:
+            loss, gradient, losses = metalearn_lr.meta_gradient(lr, p, batches)
+            lr = lr - 0.3 * gradient
+            expected = {"lr": lr, "mean_loss": loss, "final_loss": losses[:, -1], "gradient": gradient}
+            assert outer[step]["step"] == step and outer[step]["split"] == "outer"
+            for name, value in expected.items():
+                assert outer[step][name] == pytest.approx(value.item(), rel=1e-5), name
+    losses, p = metalearn_lr.train_inner(lr, p, batches)
+    test = mnist1d.as_tensors(generate()["x_test"], generate()["y_test"])
+    (loss,), (missed,) = mnist1d.evaluate(metalearn_lr.forward, p, *test)
+    assert last["split"] == "test" and last["lr"] == pytest.approx(lr.item(), abs=1e-6)
+    assert last["loss"] == pytest.approx(loss, rel=1e-5) and abs(last["misses"] - sum(missed)) <= 1
+    assert last["mean_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert last["final_loss"] == pytest.approx(losses[0, -1].item(), rel=1e-5)
+
+
+@pytest.mark.quick
 def test_a_replica_that_diverges_ends_and_leaves_the_others_alone(monkeypatch):
     """From the step on at which its rate is no number it has no records, and so no final one."""
     config = metalearn_lr.CONFIGS["networks-from-low"] | {"inner_steps": 4, "outer_steps": 3}
@@ -144,7 +175,7 @@ def test_our_seed_0_is_the_published_run():
             assert float(f"{outer[step]['lr']:.4g}") == value
     assert found.keys() == metalearn_lr.CONFIGS.keys()
     for name, run in found.items():
-        assert run.config == metalearn_lr.runs._plain(metalearn_lr.CONFIGS[name]) and len(run.records) == 10
+        assert run.config == json.loads(json.dumps(metalearn_lr.CONFIGS[name])) and len(run.records) == 10
 
 
 @pytest.mark.quick
@@ -168,6 +199,31 @@ def test_tables_pair_by_seed(monkeypatch):
     assert metalearn_lr.both(found, "orders") == [(0.6, 0.5), (0.8, 0.7), (0.9, 0.8)]
     line = metalearn_lr.learned_table(found).splitlines()[2]
     assert "| 1 of 4 |" in line and "| 0 of 4 |" in line and "| +0.1000 (+0.1000 to +0.1000) |" in line
+
+
+@pytest.mark.quick
+def test_the_tables_of_the_grid_take_the_best_of_each_seed():
+    """Two seeds, whose best rates are 0.31 and 1.24; the published rate costs them 0.1 and 0.4."""
+
+    class Fake:
+        def __init__(self, records, last=()):
+            self.config, self.records, self.last = {"grid": [0.31, 0.62, 1.24]}, records, last
+
+        def final(self, split):
+            return self.last
+
+    whats = "mean_loss", "final_loss", "loss", "error"
+    losses = {0: [1.0, 1.1, 1.7], 1: [2.1, 1.9, 1.5]}
+    grid = Fake({seed: [dict.fromkeys(whats, loss) for loss in own] for seed, own in losses.items()})
+    learned = Fake({}, [{"seed": seed} | dict.fromkeys(whats, loss) for seed, loss in ((1, 1.75), (0, 1.25))])
+    found = {f"{name}-grid": grid for name in ("networks", "orders")}
+    found |= {f"{name}-from-{s}": learned for name in ("networks", "orders") for s in metalearn_lr.STARTS}
+    line = metalearn_lr.grid_table(found).splitlines()[2]
+    gap = tables.difference([0.25, 0.25], "+.4f")
+    best = f"{tables.mean_sd([0.31, 1.24])} | 0.31 to 1.24"
+    assert line == f"| networks | mean of 200 losses | {best} | 0.62 | {gap} | {gap} |"
+    costs = {line.split(" | ")[1]: line for line in metalearn_lr.cost_table(found).splitlines()[2:7]}
+    assert costs["0.62, published"].endswith(f"| {tables.mean_sd([0.1, 0.4], '.4f')} | 0.4000 |")
 
 
 def test_a_smoke_run_resumes_and_refuses(tmp_path):
