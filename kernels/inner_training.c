@@ -3,8 +3,9 @@
    The network has INPUTS inputs, HIDDEN units and CLASSES outputs; its optimizer keeps a mean of squared
    gradients (RMSprop). Parameters are one vector: hidden weight, hidden bias, out weight, out bias. A batch of
    EXAMPLES examples fills ROW vectors of 8 floats; what is beyond its end is zero and has no label.
-   Beyond its ends, the polynomials of the first and the last cell of a curve go on: with u from 0 to 1 in a cell,
+   In a cell of the curve, with u from 0 to 1,
        value = c0 + c1 u + c2 u^2 + c3 u^3,    slope = (c1 + 2 c2 u + 3 c3 u^2) * cells_per_unit.
+   The polynomials of the first and the last cell go on beyond the ends of the curve.
    studies/learned_activation.py has the same in PyTorch, where autograd does the second half of this file.
 */
 #include <math.h>
@@ -13,7 +14,7 @@
 
 #define ROW ((EXAMPLES + 7) / 8)
 #define LENGTH (8 * ROW)
-#define OUT (HIDDEN * INPUTS + HIDDEN)             /* where the out weights begin */
+#define OUT (HIDDEN * INPUTS + HIDDEN) /* where the out weights begin */
 #define PARAMETERS (OUT + CLASSES * HIDDEN + CLASSES)
 
 typedef float vec __attribute__((vector_size(32), aligned(4)));
@@ -179,16 +180,16 @@ int train_and_differentiate(int64_t steps, int64_t late, int64_t batches, int64_
             for (int v = 0; v < ROW; v++) {
                 vec of_slope = of_ga[i][v] * at.of_h[i][v];
                 of_ga[i][v] *= at.slope[i][v]; /* from here on with respect to the of_h of the inner pass */
-                at.of_h[i][v] = of_slope;      /* which is no longer needed */
+                at.of_h[i][v] = of_slope;      /* in the place of what is no longer needed */
             }
         multiply(CLASSES, HIDDEN, w, HIDDEN, 1, of_ga, 0, of_gz);
         multiply_transposed(CLASSES, HIDDEN, at.of_z, of_ga, of_p + OUT);
         for (int k = 0; k < LENGTH; k++) { /* through the softmax */
-            float mean = 0, (*p)[LENGTH] = (void *)at.p, (*z)[LENGTH] = (void *)at.of_z;
+            float mean = 0, (*chance)[LENGTH] = (void *)at.p, (*of_z)[LENGTH] = (void *)at.of_z;
             float(*of)[LENGTH] = (void *)of_gz;
-            for (int c = 0; c < CLASSES; c++) mean += p[c][k] * of[c][k];
+            for (int c = 0; c < CLASSES; c++) mean += chance[c][k] * of[c][k];
             for (int c = 0; c < CLASSES; c++)
-                of[c][k] = y[k] < 0 ? 0 : p[c][k] * (of[c][k] - mean) / EXAMPLES + weight * z[c][k];
+                of[c][k] = y[k] < 0 ? 0 : chance[c][k] * (of[c][k] - mean) / EXAMPLES + weight * of_z[c][k];
         }
         multiply_transposed(CLASSES, HIDDEN, of_gz, at.h, of_p + OUT);
         for (int c = 0; c < CLASSES; c++) of_p[OUT + CLASSES * HIDDEN + c] += sum(of_gz[c]);

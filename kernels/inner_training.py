@@ -4,6 +4,7 @@ import ctypes
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from kernels import build
 
@@ -12,7 +13,7 @@ TYPES = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 class InnerTraining:
-    """inner_training.c for networks and batches of one size: build.Unavailable where that cannot be done."""
+    """inner_training.c for networks and batches of one size. Raises build.Unavailable without a compiler."""
 
     def __init__(self, inputs, hidden, classes, examples):
         self.sizes = {"INPUTS": inputs, "HIDDEN": hidden, "CLASSES": classes, "EXAMPLES": examples}
@@ -36,13 +37,10 @@ class InnerTraining:
         return values, slopes
 
     def pad(self, signals, labels):
-        """Signals (batches, inputs, n) and labels (batches, n) as the kernel takes them."""
+        """Signals (batches, inputs, n) and labels (batches, n), filled up to whole vectors of 8 examples."""
         more = self.length - self.sizes["EXAMPLES"]
-        padded = (
-            torch.nn.functional.pad(signals, (0, more)),
-            torch.nn.functional.pad(labels, (0, more), value=-1),
-        )
-        return padded[0].contiguous(), padded[1].to(torch.int32).contiguous()
+        signals, labels = F.pad(signals, (0, more)), F.pad(labels, (0, more), value=-1)
+        return signals.contiguous(), labels.to(torch.int32).contiguous()
 
     def differentiate(self, coefficients, grid, signals, labels, shifts, initial, late, lr, keep, epsilon):
         """Train one network: its losses (steps,), its last parameters, and the gradient of the mean of the
