@@ -203,27 +203,28 @@ def test_tables_pair_by_seed(monkeypatch):
 
 @pytest.mark.quick
 def test_the_tables_of_the_grid_take_the_best_of_each_seed():
-    """Two seeds, whose best rates are 0.31 and 1.24; the published rate costs them 0.1 and 0.4."""
+    """Two seeds, whose best rates are 0.31 and 0.62. Between two rates, the loss is linear in the logarithm."""
 
     class Fake:
         def __init__(self, records, last=()):
-            self.config, self.records, self.last = {"grid": [0.31, 0.62, 1.24]}, records, last
+            self.config, self.records, self.last = {"grid": [0.31, 0.62, 2.48]}, records, last
 
         def final(self, split):
             return self.last
 
     whats = "mean_loss", "final_loss", "loss", "error"
-    losses = {0: [1.0, 1.1, 1.7], 1: [2.1, 1.9, 1.5]}
+    losses = {0: [1.0, 1.1, 1.7], 1: [2.1, 1.5, 1.9]}
     grid = Fake({seed: [dict.fromkeys(whats, loss) for loss in own] for seed, own in losses.items()})
     learned = Fake({}, [{"seed": seed} | dict.fromkeys(whats, loss) for seed, loss in ((1, 1.75), (0, 1.25))])
     found = {f"{name}-grid": grid for name in ("networks", "orders")}
     found |= {f"{name}-from-{s}": learned for name in ("networks", "orders") for s in metalearn_lr.STARTS}
     line = metalearn_lr.grid_table(found).splitlines()[2]
     gap = tables.difference([0.25, 0.25], "+.4f")
-    best = f"{tables.mean_sd([0.31, 1.24])} | 0.31 to 1.24"
+    best = f"{tables.mean_sd([0.31, 0.62])} | 0.31 to 0.62"
     assert line == f"| networks | mean of 200 losses | {best} | 0.62 | {gap} | {gap} |"
     costs = {line.split(" | ")[1]: line for line in metalearn_lr.cost_table(found).splitlines()[2:7]}
-    assert costs["0.62, published"].endswith(f"| {tables.mean_sd([0.1, 0.4], '.4f')} | 0.4000 |")
+    assert costs["0.62, published"].endswith(f"| {tables.mean_sd([0.1, 0.0], '.4f')} | 0.1000 |")
+    assert costs["1.24"].endswith(f"| {tables.mean_sd([0.4, 0.2], '.4f')} | 0.4000 |")
 
 
 def test_a_smoke_run_resumes_and_refuses(tmp_path):
