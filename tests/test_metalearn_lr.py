@@ -203,7 +203,7 @@ def test_tables_pair_by_seed(monkeypatch):
 
 @pytest.mark.quick
 def test_the_tables_of_the_grid_take_the_best_of_each_seed():
-    """Two seeds, whose best rates are 0.31 and 0.62. Between two rates, the loss is linear in the logarithm."""
+    """Two seeds, whose best rates are 0.31 and 0.62. Losses are interpolated over log rates."""
 
     class Fake:
         def __init__(self, records, last=()):
