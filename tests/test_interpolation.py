@@ -165,6 +165,8 @@ def test_labels():
     assert max(abs(np.bincount(made["random"]) / 20_000 - 0.2)) < 0.015
     other = study.make_labels({"labels": "random", "classes": 5, "noise": 0.0}, 4, labels)
     assert (other == made["random"]).double().mean() == pytest.approx(0.2, abs=0.015)
+    fewer = study.make_labels({"labels": "random", "classes": 4, "noise": 0.0}, 3, labels)
+    assert (fewer == made["random"]).double().mean() == pytest.approx(0.2, abs=0.015)
 
 
 # Training
@@ -174,11 +176,8 @@ def plain_loop(config, seed, width, y):
     """The same training with torch.nn in double precision: the training loss and the misses."""
     module = module_of(study.init_parameters([(width, seed)], 3), 0, width)
     optimizer, order = torch.optim.Adam(module.parameters()), np.random.default_rng(0)
-    x, n, updates = (
-        torch.from_numpy(generate()["x"][: config["n"]].astype(np.float32)).double(),
-        config["n"],
-        0,
-    )
+    n, updates = config["n"], 0
+    x = torch.from_numpy(generate()["x"][:n].astype(np.float32)).double()
     total = config["most_passes"] * math.ceil(n / 25)
     for _ in range(config["most_passes"]):
         permutation = order.permutation(n)
@@ -246,11 +245,8 @@ def test_a_threshold_that_is_known(loss):
     """One ReLU unit makes a monotone function of the coordinate, which misses a third of the points at best,
     whatever the training; |x| - 1/2, of two units, misses none, and with thirty units Adam finds it."""
     config = study.make_config(loss, 30, "clean", [{"classes": 2, "widths": [1, 30]}], 400)
-    found, moved = (
-        study.train(config | {"leave": True}, range(3), bump(), progress := Counter()),
-        progress.sum,
-    )
-    assert moved == 3 * 2 * 400  # those that left are counted to the end
+    found = study.train(config | {"leave": True}, range(3), bump(), progress := Counter())
+    assert progress.sum == 3 * 2 * 400  # those that left are counted to the end
     for records in found.values():
         train = [record for record in records if record["split"] == "train"]
         assert train[0]["misses"] >= 10 and train[0]["pass"] == 400
@@ -258,6 +254,23 @@ def test_a_threshold_that_is_known(loss):
         for criterion in study.CRITERIA:
             expected = math.sqrt((43 + 2) * (30 * 43 + 2))
             assert study.threshold(train, loss, criterion) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_network_does_not_notice_that_others_leave(loss):
+    """Each keeps its own labels, rate and optimiser state when those that fit are dropped, one by one."""
+    config = config_of(loss, widths=(3, 60), passes=160, evaluations=80)
+    left, stayed = (
+        study.train(config | {"leave": leave}, range(5), generate(), lambda n: None)
+        for leave in (True, False)
+    )
+    passes = {record["pass"] for own in left.values() for record in own if record["width"] == 60}
+    assert len(passes) > 2  # they do not all leave together
+    for seed, width in itertools.product(range(5), (3, 60)):
+        own, other = (next(r for r in found[seed] if r["width"] == width) for found in (left, stayed))
+        if width == 3:
+            assert own["pass"] == other["pass"] == 160
+            assert own["loss"] == pytest.approx(other["loss"], rel=1e-6)  # measured 9e-8
 
 
 class Counter:
@@ -349,11 +362,8 @@ def test_exponents_and_ratios_of_a_known_law():
             assert (low, high) == pytest.approx((exact - half, exact + half), abs=0.15 * half)
             worst = np.sign(own) * math.log(1.1) @ own / (own @ own)
             assert reach == pytest.approx(worst)
-    assert (
-        study.exponent_table(found)
-        .splitlines()[-1]
-        .startswith("| log-likelihood | small training loss | 1 and 0 | 0.90 (0.")
-    )
+    line = study.exponent_table(found).splitlines()[-1]
+    assert line.startswith("| log-likelihood | small training loss | 1 and 0 | 0.90 (0.")
     cells = study.ratio_table(found).splitlines()[2].split(" | ")
     assert cells[2:4] == ["2.00 to 10.00 (x 5.0)", "1.00 to 1.00 (x 1.0)"]
     assert study.budget_table(found).count("0.80 (0.80 to 0.80)") == 12

@@ -195,10 +195,7 @@ def test_training_is_the_plain_loop(name):
 
 
 def test_a_replica_does_not_depend_on_the_others():
-    config, data = (
-        config_of(train_size=200),
-        mnist1d_gen.make_dataset(num_samples=260, train_split=200.5 / 260),
-    )
+    config, data = config_of(), mnist1d_gen.make_dataset(num_samples=260, train_split=200.5 / 260)
     together = study.train(config, [2, 0, 11], data, lambda n: None)
     for seeds in ([2], [11, 0]):
         own = study.train(config, seeds, data, lambda n: None)
@@ -242,6 +239,38 @@ def test_logistic_regression_is_at_its_optimum():
     loss(variable).backward()
     assert weight.shape == (7, 10) and variable.grad.abs().max() < 1e-6
     assert all(loss(weight + 0.01 * torch.randn(7, 10)) > loss(weight) for _ in range(5))
+
+
+@pytest.mark.quick
+def test_units_are_standardised_as_in_training():
+    """So that a test set of one class alone is answered with that class."""
+    torch.manual_seed(0)
+    labels = torch.tensor([1, 2]).repeat_interleave(50)
+    train = torch.randn(100, 4, dtype=torch.float64) + torch.where(labels == 1, 3.0, -3.0)[:, None]
+    for label in (1, 2):
+        answers = study.linear_answers(train, labels, train[labels == label], study.make_config("none"))
+        assert (answers == label).all()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", NAMES)
+def test_a_read_out_is_of_its_layer_and_of_the_test_signals(name):
+    """The neighbours are those of Z; the linear read-out is that of H, which is the third layer."""
+    data = mnist1d_gen.make_dataset(num_samples=400, train_split=300.5 / 400)
+    config, parameters = config_of(name, penalty=10.0), doubles(name, [5])
+    parameters = {key: tensor.detach() for key, tensor in parameters.items()}
+    x, y, x_test, y_test = (torch.from_numpy(data[key]) for key in ("x", "y", "x_test", "y_test"))
+    found = study.read_out(parameters, ((x.T, y), (x_test.T, y_test)), config, True)
+    with torch.no_grad():
+        train, test = (forward(modules_of(name, parameters, 0), own) for own in (x, x_test))
+    answers = [study.linear_answers(own, y, other, config) for own, other in zip(train, test)]
+    expected = [100 * (own == y_test).double().mean().item() for own in answers]
+    assert [found[f"layer{k + 1}_accuracy"] for k in range(len(train))] == pytest.approx(expected)
+    assert found["linear_accuracy"] == pytest.approx(expected[2]) and len(set(expected)) > 1
+    votes = study.neighbours(train[-1], y, test[-1], config)
+    assert found["knn_accuracy"] == pytest.approx(100 * (votes == y_test).double().mean().item())
+    fewer = study.read_out(parameters, ((x.T, y), (x_test.T, y_test)), config, False)
+    assert fewer == {key: found[key] for key in ("knn_accuracy", "linear_accuracy")}
 
 
 @pytest.mark.quick
