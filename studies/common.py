@@ -3,10 +3,12 @@
 import contextlib
 import hashlib
 import math
+import sys
 import time
 
 import prepro
 import utils
+from kernels import build
 from records import run as runs
 from records.tables import write_tables
 
@@ -35,6 +37,19 @@ def parse(parser, argv=None):
     if args.smoke and args.out == parser.get_default("out"):
         args.out = utils.ROOT / "results" / "smoke" / args.out.name
     return args
+
+
+def pick_engine(name, load, cost):
+    """The engine asked for; auto is c if `load()` can compile it, else torch and a line about its `cost`."""
+    if name != "torch":
+        try:
+            load()
+            return "c"
+        except build.Unavailable as error:
+            if name == "c":
+                raise utils.BadRequest(f"--engine c: {error}; use --engine torch") from error
+            print(f"{error}: PyTorch trains, which takes {cost}", file=sys.stderr)
+    return "torch"
 
 
 def run_configs(args, study, configs, train, data_sha256="", work=None, together=False, **facts):

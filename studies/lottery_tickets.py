@@ -34,7 +34,7 @@ import torch
 
 import mnist1d_gen
 import utils
-from kernels import build, sparse_mlp
+from kernels import sparse_mlp
 from records import figures
 from records import run as runs
 from records.tables import read_runs
@@ -151,19 +151,6 @@ class TorchExamples:
 ENGINES = {"c": (sparse_mlp.SparseMlp, sparse_mlp.Examples), "torch": (TorchMlp, TorchExamples)}
 
 
-def pick_engine(name):
-    """c or torch; auto is C if it can be compiled."""
-    if name != "torch":
-        try:
-            sparse_mlp.load()
-            return "c"
-        except build.Unavailable as error:
-            if name == "c":
-                raise utils.BadRequest(f"--engine c: {error}; leave it out") from error
-            print(f"{error}: PyTorch trains, which takes about ten times as long", file=sys.stderr)
-    return "torch"
-
-
 def train(config, seed, engine, progress):
     """Prune, then train the ticket on the new data set if the config says so: the records of a trial."""
     network_class, examples_class = ENGINES[engine]
@@ -266,7 +253,7 @@ def main(argv=None):
     args = common.parse(parser, argv)
     common.refuse(parser, args, "data_root", "device")
     torch.set_num_threads(1)
-    engine = pick_engine(args.engine)
+    engine = common.pick_engine(args.engine, sparse_mlp.load, "about ten times as long")
     for name, config in CONFIGS.items():
         if args.config not in (None, name):
             continue

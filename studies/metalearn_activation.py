@@ -29,7 +29,6 @@ import torch
 import mnist1d_gen
 import utils
 from datasets import sources
-from kernels import build
 from records import figures
 from records import run as runs
 from records.tables import read_runs
@@ -182,20 +181,6 @@ def tables(folder):
     return activation_page.tables_of(read_runs(folder))
 
 
-def choose_engine(args):
-    """c where it can be compiled, else torch and a line that says so; or what --engine asks for."""
-    if args.engine == "torch":
-        return "torch"
-    try:
-        training_in_c()
-        return "c"
-    except build.Unavailable as error:
-        if args.engine == "c":
-            raise utils.BadRequest(f"--engine c: {error}; use --engine torch") from error
-        print(f"PyTorch trains, which takes several times longer: {error}.", file=sys.stderr)
-        return "torch"
-
-
 def run_part(args, part, engine, data, splits):
     """Train what is missing of the configs whose names begin with `part`."""
     configs = {name: config for name, config in CONFIGS.items() if name.split("-")[0] == part}
@@ -240,7 +225,8 @@ def main(argv=None):
     args = common.parse(parser, argv)
     common.refuse(parser, args, "device")
     torch.set_num_threads(1)
-    data, engine = mnist1d_gen.make_dataset(num_samples=INNER["num_samples"]), choose_engine(args)
+    engine = common.pick_engine(args.engine, training_in_c, "several times longer")
+    data = mnist1d_gen.make_dataset(num_samples=INNER["num_samples"])
     other = mnist1d_gen.make_dataset(num_samples=INNER["num_samples"], seed=FAIR["validation_data_seed"])
     splits = {
         "train": mnist1d.as_tensors(data["x"], data["y"]),

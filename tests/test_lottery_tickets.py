@@ -15,6 +15,7 @@ import utils
 from kernels import build, sparse_mlp
 from records import run as runs
 from records import tables
+from studies import common
 from studies import lottery_page as page
 from studies import lottery_tickets as study
 
@@ -509,7 +510,9 @@ def test_flags_that_change_nothing_are_refused(flags, capsys):
 @pytest.mark.quick
 def test_without_a_compiler_pytorch_trains(monkeypatch, capsys):
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert study.pick_engine("auto") == "torch"
-    one_sentence(capsys.readouterr().err, "no-such-compiler", "PyTorch")
+    assert common.pick_engine("auto", sparse_mlp.load, "a year") == "torch"
+    one_sentence(capsys.readouterr().err, "no-such-compiler", "PyTorch", "a year")
+    assert common.pick_engine("torch", sparse_mlp.load, "a year") == "torch"
+    assert capsys.readouterr().err == ""
     with pytest.raises(utils.BadRequest, match="no-such-compiler"):
-        study.pick_engine("c")
+        common.pick_engine("c", sparse_mlp.load, "a year")
