@@ -145,7 +145,8 @@ def test_copies_are_moved_in_a_circle_and_put_on_a_line():
 def test_alterations_are_sampled_as_published():
     n = 20_000
     order, shift, slope, offset = study.alterations(study.make_config("none"), n, np.random.default_rng(0))
-    assert sorted(order) == list(range(n)) and sorted(set(shift.flatten())) == list(range(10))
+    assert sorted(order) == list(range(n)) and (order == np.arange(n)).sum() < 10  # one by chance
+    assert sorted(set(shift.flatten())) == list(range(10))
     assert np.bincount(shift.flatten()).min() > 0.9 * 2 * n / 10
     for values, sd in (slope, 0.04), (offset, 0.3):
         assert values.shape == (2, n) and abs(values.mean()) < 5 * sd / math.sqrt(2 * n)
