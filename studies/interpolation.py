@@ -489,7 +489,7 @@ def plot_thresholds(found):
         axis.grid(True, which="both", alpha=0.5)
     for axis, label in zip(axes[:, 0], ("n K", "n")):
         axis.set_ylabel(f"parameters that fit, P*; dashed: {label}, as claimed")
-        axis.legend(title="mean, and each seed", fontsize="small")
+        axis.legend(title="geometric mean, and each seed", fontsize="small")
     for axis in axes[1]:
         axis.set_xlabel("training examples n, random labels")
     return figure
@@ -509,9 +509,9 @@ def plot_peaks(found):
         claim = {"mse": "n K", "nll": "n"}[loss]
         axis.set(title=f"{LOSSES[loss]}, n = {n:,}, 15% noise; dashed: {claim}")
     run, row = found["figure-2020"], utils.reference("mnist1d")["double-descent-2020-mlp"]
-    for split, colour in ("train", "C1"), ("test", "C0"):
+    for split, colour in ("train", "C0"), ("test", "C1"):
         plot_curve(axes[2], records_of(run, 10, split), colour, split)
-    axes[2].plot(row["parameters"], row["test_losses"], "x--", color="0.5", label="test, published")
+    axes[2].plot(row["parameters"], row["test_losses"], "x", color="0.5", label="test, published")
     axes[2].axvline(run.config["n"], color="0.5", linestyle="--", linewidth=1)
     axes[2].set(title=f"log-likelihood, n = {run.config['n']:,}, K = 10, clean", ylim=(0, None))
     axes[0].set_ylabel("test loss (units of the variance)")
@@ -520,7 +520,7 @@ def plot_peaks(found):
     for axis in axes:
         axis.set(xscale="log", xlabel="parameters")
         axis.grid(True)
-        title = f"mean ± sd, n = {len(run.records)} seeds"
+        title = f"mean ± sd, {len(run.records)} seeds"
         axis.legend(fontsize="small", title=title, title_fontsize="small")
     return figure
 

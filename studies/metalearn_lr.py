@@ -238,7 +238,7 @@ def draw_learned(axis, found):
         axis.plot([column - 0.3, column + 0.3], [statistics.fmean(values)] * 2, color=colour)
         names.append(f"{condition}\nfrom {STARTS[start]}")
     axis.set_xticks(range(len(names)), names, fontsize="small")
-    axis.set(ylabel="learned rate", ylim=(0, 1), title="after 50 outer steps, by what differs; and mean")
+    axis.set(ylabel="learned rate", ylim=(0.5, 0.75), title="after 50 outer steps, by what differs; and mean")
 
 
 def draw(found):

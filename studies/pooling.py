@@ -267,12 +267,14 @@ def plot(found):
             stored = [published(kind, n) - published("none", n) for n in SIZES]
             axes[1].plot(places, stored, "x", color="0.5", markersize=5)
     axes[1].axhline(0, color="0.5", linestyle="--", linewidth=1)
-    axes[0].set(ylabel="accuracy (%), 1,000 test examples; dashed: published")
+    axes[0].set(ylabel="test accuracy (%); dashed: published")
     axes[0].set(title=f"last step, mean ± sd, n = {own.shape[1]}")
-    axes[1].set(ylabel="points more than without pooling, 20,000 examples")
-    axes[1].set(title=f"mean and 95% interval, n = {own.shape[1]}; grey: published")
+    axes[1].set(ylabel="points above no pooling, fresh examples")
+    axes[1].set(title=f"mean and 95% interval, n = {own.shape[1]}; crosses: published")
     for axis in axes:
-        axis.set(xscale="log", xlabel="training examples")
+        axis.set(xscale="log", xlabel="training examples", xticks=SIZES)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_minor_formatter("")
         axis.grid(True)
         axis.legend(fontsize="small")
     return figure

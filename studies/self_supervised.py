@@ -378,7 +378,7 @@ def pixel_table():
     config, data, row = make_config("none"), mnist1d_gen.make_dataset(), utils.reference("mnist1d")["pixels"]
     (x, y), (x_test, y_test) = (mnist1d.as_tensors(data[f"x{end}"], data[f"y{end}"]) for end in ("", "_test"))
     answers = neighbours(x.T, y, x_test.T, config, cosine=False), linear_answers(x.T, y, x_test.T, config)
-    names = ("neighbours, by Euclid's distance", "knn_accuracy"), ("logistic regression", "linear_accuracy")
+    names = ("neighbours, by Euclidean distance", "knn_accuracy"), ("logistic regression", "linear_accuracy")
     rows = [
         (label, f"{accuracy(own, y_test):.1f}", row[quantity])
         for (label, quantity), own in zip(names, answers)
@@ -387,7 +387,7 @@ def pixel_table():
 
 
 def plot(found):
-    """Accuracy while training, and layer by layer; published values dashed."""
+    """Accuracy while training, and layer by layer; with the published values."""
     figure, axes = figures.subplots(1, 2, figsize=(10, 4.2))
     for number, name in enumerate(PROJECTORS):
         run, row, colour = found[f"projector-{name}"], row_of(name), {"color": f"C{number}"}
@@ -396,15 +396,18 @@ def plot(found):
             own = np.array([values(run, quantity, place) for place in range(len(passes))])
             label = f"projector: {name}" if style == "-" else None
             figures.band(axes[0], passes, own.T, label, linestyle=style, **colour)
-            axes[0].plot([passes[-1], 1.08 * passes[-1]], [row[quantity]] * 2, "--", color="0.5")
+            end = [passes[-1] * 1.02, passes[-1] * 1.1]
+            axes[0].plot(end, [row[quantity]] * 2, style, **colour, linewidth=3)
         own = np.array(layer_values(run))
         places = range(1, len(own) + 1)
         figures.band(axes[1], places, own.T, f"projector: {name}", marker="o", markersize=4, **colour)
         stored = [row[f"layer{place}_accuracy"] for place in places]
         axes[1].plot(places, stored, "--", color="0.5", linewidth=1)
-    axes[0].set(xlabel="passes", ylabel="test accuracy (%); dashed grey: published")
+    axes[0].set(xlabel="passes", ylabel="test accuracy (%); at the right: published")
     axes[0].set(title=f"read-out of H, dotted: neighbours of Z; mean ± sd, n = {own.shape[1]}")
-    axes[1].set(xlabel="layer; 3 is the encoder's last, H", ylabel="accuracy of a linear read-out (%)")
+    axes[1].set(
+        xlabel="layer; 3 is the encoder's last, H", ylabel="linear read-out (%); dashed grey: published"
+    )
     axes[1].set(title=f"after the last pass: mean ± sd, n = {own.shape[1]}")
     for axis in axes:
         axis.grid(True)
