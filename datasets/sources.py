@@ -26,9 +26,11 @@ FILES = {  # under the data root, as torchvision and the archive of CIFAR-10 nam
         f"cifar-10-batches-bin/{name}.bin"
         for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
     ],
+    "qmnist": [f"QMNIST/raw/qmnist-{split}-labels-idx2-int" for split in ("train", "test")],
 }
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR10_1_URL = "https://raw.githubusercontent.com/modestyachts/CIFAR-10.1/master"
 
 
 class Unavailable(utils.BadRequest):
@@ -45,19 +47,26 @@ def find_root(data_root=None):
     return Path(data_root or os.environ.get("DROSOPHILA_DATA") or DATA).expanduser().resolve()
 
 
+def list_files(name):
+    """The files of `name`: what each is called -> its path under the data root."""
+    if name == "cifar10_1":  # its 92 files are listed with their checksums; some names occur in three folders
+        return {file: f"CIFAR-10.1/{file}" for file in utils.reference("datasets")[name]["files"]}
+    return {file.split("/")[-1]: file for file in FILES[name]}
+
+
 def read_sources(name, root):
     """The content of each file of `name` under `root`, by file name; {} unless all of them are there.
 
     A file may be there as .gz instead. utils.BadRequest where one has not the size and checksum of the
     genuine file.
     """
-    paths = [_as_it_is_there(root / file) for file in FILES[name]]
-    if not all(path.is_file() for path in paths):
+    paths = {key: _as_it_is_there(root / file) for key, file in list_files(name).items()}
+    if not all(path.is_file() for path in paths.values()):
         return {}
     # USPS is checked pixel by pixel (prepro.py), since copies of it differ in how they are compressed.
     genuine = {} if name == "usps" else utils.reference("datasets")[name]["files"]
     contents = {}
-    for path in paths:
+    for key, path in paths.items():
         try:
             content = path.read_bytes()
             content = gzip.decompress(content) if path.suffix == ".gz" else content
@@ -65,8 +74,8 @@ def read_sources(name, root):
             raise damaged(path, error.strerror, "make it readable, or give another --data-root") from error
         except Exception as error:  # gzip and zlib each have their own way to say so
             raise damaged(path, error) from error
-        contents[path.name.removesuffix(".gz")] = content
-        expected = genuine.get(path.name.removesuffix(".gz"))
+        contents[key] = content
+        expected = genuine.get(key)
         if expected and len(content) != expected["size_bytes"]:
             raise damaged(path, f"it has {len(content):,} bytes, not {expected['size_bytes']:,}")
         if expected and hashlib.sha256(content).hexdigest() != expected["sha256"]:
@@ -95,7 +104,7 @@ def download(name, root):
     import tarfile
     from http.client import HTTPException
 
-    from torchvision.datasets import MNIST, USPS
+    from torchvision.datasets import MNIST, QMNIST, USPS
     from torchvision.datasets import utils as downloads
 
     elsewhere = "let --data-root (or DROSOPHILA_DATA) name a folder that holds it"
@@ -110,9 +119,17 @@ def download(name, root):
             elif name == "usps":
                 for train in (True, False):
                     USPS(Path(folder, "USPS"), train=train, download=True)
+            elif name == "qmnist":  # its labels alone: its images are ten times as large
+                for split in ("train", "test"):
+                    url, md5 = QMNIST.resources[split][1]
+                    downloads.download_and_extract_archive(url, Path(folder, "QMNIST/raw"), md5=md5)
+            elif name == "cifar10_1":
+                for file, path in list_files(name).items():
+                    place = "datasets" if file.endswith(".npy") else "model_predictions"
+                    downloads.download_url(f"{CIFAR10_1_URL}/{place}/{file}", Path(folder, path).parent)
             else:
                 downloads.download_and_extract_archive(CIFAR10_URL, folder, md5=CIFAR10_MD5)
-            for file in FILES[name]:
+            for file in list_files(name).values():
                 (root / file).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(Path(folder, file), root / file)
     except (RuntimeError, HTTPException, OSError, EOFError, ValueError, tarfile.TarError) as error:
