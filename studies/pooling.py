@@ -25,7 +25,6 @@ import sys
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import mnist1d_gen
 import utils
@@ -83,7 +82,7 @@ def forward(kind, p, x):
     """Logits (replicas, 10, n) of signals (replicas, 40, n)."""
     h = x[:, None]  # (replicas, 1 channel, 40 positions, n)
     for name in ("conv1", "conv2"):
-        h = conv(p, name, h, stride=2 if kind == "stride-2" else 1)
+        h = mnist1d.fast_conv(p, name, h, stride=2 if kind == "stride-2" else 1)
         h = pool(kind, h.relu())
     return mnist1d.linear(p, "out", h.flatten(1, 2))  # of 40 positions, or of 10
 
@@ -134,49 +133,6 @@ def train(config, seeds, progress):
             for own, record in zip(records.values(), found):
                 own.append(record)
     return records
-
-
-# The same convolution, faster
-
-
-def conv(p, name, h, stride):
-    """mnist1d.conv of width 3, by Conv3 where its stride is 1."""
-    if stride != 1:
-        return mnist1d.conv(p, name, 3, h, stride)
-    return Conv3.apply(p[f"{name}_weight"], p[f"{name}_bias"], h)
-
-
-class Conv3(torch.autograd.Function):
-    """mnist1d.conv of width 3 and stride 1 as three products, one for each tap of the kernel: no copies of h.
-
-    Replicas do not change one another, but one that is trained alone differs in the last bits.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, bias, h):
-        padded = F.pad(h, (0, 0, 1, 1))  # (replicas, channels, positions + 2, n)
-        ctx.save_for_backward(weight, padded)
-        taps, n = weight.unflatten(2, (-1, 3)), h.shape[2]
-        out = torch.baddbmm(bias, taps[..., 0], padded[:, :, :n].flatten(2))
-        for k in (1, 2):
-            out.baddbmm_(taps[..., k], padded[:, :, k : k + n].flatten(2))
-        return out.unflatten(2, h.shape[2:])
-
-    @staticmethod
-    def backward(ctx, gradient):
-        weight, padded = ctx.saved_tensors
-        taps, n, g = weight.unflatten(2, (-1, 3)), gradient.shape[2], gradient.flatten(2)
-        windows = [padded[:, :, k : k + n].flatten(2) for k in range(3)]
-        of_weight = torch.stack([torch.bmm(g, window.mT) for window in windows], dim=3).flatten(2)
-        of_h = None
-        if ctx.needs_input_grad[2]:
-            g_padded = F.pad(gradient, (0, 0, 1, 1))
-            windows = [g_padded[:, :, 2 - k : 2 - k + n].flatten(2) for k in range(3)]
-            of_h = torch.bmm(taps[..., 0].mT, windows[0])
-            for k in (1, 2):
-                of_h.baddbmm_(taps[..., k].mT, windows[k])
-            of_h = of_h.unflatten(2, gradient.shape[2:])
-        return of_weight, g.sum(2, keepdim=True), of_h
 
 
 # What the page shows

@@ -66,8 +66,8 @@ CONFIGS = {f"projector-{name}": make_config(name) for name in PROJECTORS}
 def layers(p, x):
     """What each layer makes of signals (replicas, 40, n): a list of (replicas, units, n), the last is Z."""
     found, h = [], x[:, None]
-    for name, width in (("conv1", 5), ("conv2", 3), ("conv3", 3)):  # as in mnist1d.convolutions
-        h = conv(p, name, width, h).relu()
+    for name in ("conv1", "conv2", "conv3"):  # as in mnist1d.convolutions
+        h = mnist1d.fast_conv(p, name, h).relu()
         found.append(h.flatten(1, 2))
     depth = sum(name.startswith("projector") for name in p) // 2  # each has a weight and a bias
     for number in range(1, depth + 1):
@@ -249,51 +249,6 @@ def fit_logistic(x, labels, penalty, tolerance, most=1_000):
 
     optimizer.step(loss)
     return weights().detach()
-
-
-# The same convolution, faster
-
-
-def conv(p, name, width, h):
-    """mnist1d.conv, by HalvingConv where the kernel is 3 wide."""
-    if width != 3:
-        return mnist1d.conv(p, name, width, h)
-    return HalvingConv.apply(p[f"{name}_weight"], p[f"{name}_bias"], h)
-
-
-class HalvingConv(torch.autograd.Function):
-    """mnist1d.conv of width 3 and stride 2 as three products, one for each tap of the kernel.
-
-    Even and odd positions are copied once each, not once for every window that they are in.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, bias, h):
-        half, ctx.positions = (h.shape[2] + 1) // 2, h.shape[2]
-        middle = h[:, :, ::2].contiguous()  # what the middle of the kernel sees
-        # What its sides see, padding first: the left one all but the last, the right one all but the first.
-        sides = h.new_zeros(*h.shape[:2], half + 1, h.shape[3])
-        sides[:, :, 1 : 1 + h.shape[2] // 2] = h[:, :, 1::2]
-        ctx.save_for_backward(weight, middle, sides)
-        left, centre, right = weight.unflatten(2, (-1, 3)).unbind(3)
-        out = torch.baddbmm(bias, centre, middle.flatten(2))
-        out.baddbmm_(left, sides[:, :, :half].flatten(2))
-        return out.baddbmm_(right, sides[:, :, 1:].flatten(2)).unflatten(2, (half, -1))
-
-    @staticmethod
-    def backward(ctx, gradient):
-        weight, middle, sides = ctx.saved_tensors
-        (half, n), g = gradient.shape[2:], gradient.flatten(2)
-        seen = sides[:, :, :half], middle, sides[:, :, 1:]
-        of_weight = torch.stack([torch.bmm(g, each.flatten(2).mT) for each in seen], dim=3).flatten(2)
-        left, centre, right = (
-            torch.bmm(tap.mT, g).unflatten(2, (half, n)) for tap in weight.unflatten(2, (-1, 3)).unbind(3)
-        )
-        of_h = g.new_empty(*middle.shape[:2], ctx.positions, n)
-        of_h[:, :, ::2] = centre
-        of_h[:, :, 1::2] = right[:, :, : ctx.positions // 2]
-        of_h[:, :, 1 : 2 * half - 1 : 2] += left[:, :, 1:]
-        return of_weight, g.sum(2, keepdim=True), of_h
 
 
 # What the page shows

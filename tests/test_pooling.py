@@ -86,17 +86,6 @@ def test_a_module_of_another_kind_would_be_noticed():
 
 
 @pytest.mark.quick
-def test_the_fast_convolution_has_the_right_derivatives():
-    """Against finite differences, its input's too, which no other test needs for the first layer."""
-    torch.manual_seed(0)
-    weight, bias, h = torch.randn(2, 4, 9), torch.randn(2, 4, 1), torch.randn(2, 3, 6, 5)
-    inputs = [tensor.double().requires_grad_() for tensor in (weight, bias, h)]
-    assert torch.autograd.gradcheck(pooling.Conv3.apply, inputs)
-    slow = mnist1d.conv({"c_weight": inputs[0], "c_bias": inputs[1]}, "c", 3, inputs[2], stride=1)
-    torch.testing.assert_close(pooling.Conv3.apply(*inputs), slow, rtol=0, atol=1e-12)
-
-
-@pytest.mark.quick
 def test_pooling_of_zeros():
     """The L2 norm has the value and the gradient of F.lp_pool1d where both numbers are 0: nearly 0, and 0."""
     h = torch.zeros(1, 1, 4, 3)

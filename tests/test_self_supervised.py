@@ -86,17 +86,6 @@ def test_layers_and_gradients_are_those_of_torch(name):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("positions", [19, 10, 5, 4])
-def test_the_fast_convolution_is_the_plain_one(positions):
-    torch.manual_seed(0)
-    shapes = (2, 4, 9), (2, 4, 1), (2, 3, positions, 5)
-    inputs = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
-    assert torch.autograd.gradcheck(study.HalvingConv.apply, inputs)
-    slow = mnist1d.conv({"c_weight": inputs[0], "c_bias": inputs[1]}, "c", 3, inputs[2])
-    torch.testing.assert_close(study.HalvingConv.apply(*inputs), slow, rtol=0, atol=1e-12)
-
-
-@pytest.mark.quick
 def test_the_loss_is_that_of_a_double_loop():
     torch.manual_seed(0)
     z = torch.randn(2, 4, 10, dtype=torch.float64)
