@@ -40,10 +40,10 @@ import modern
 import prepro
 import repro
 import utils
-from datasets import cifar10, cifar10_1, strokes
+from datasets import cifar10, cifar10_1
 from records import figures
 from records.tables import read_runs
-from studies import common, mnist1d, myth3_page, spatial_priors
+from studies import common, digit_sets, mnist1d, myth3_page, spatial_priors
 
 PAGE = utils.ROOT / "results" / "myth3_fresh_test_sets" / "README.md"
 BEST_OF = 1, 2, 5, 10, 20, 40
@@ -96,28 +96,10 @@ def load_signals(config, _):
 
 @functools.cache
 def load_digits(draw, data_root=None, smoke=False):
-    """split -> images (n, 1, 20, 20) and labels, and the SHA-256 of `train` and `test` alone.
-
-    `train` and `test` are those of prepro.py's draw. `fresh-test` and `fresh-train` are all other digits of
-    MNIST's test set (by other people than those trained on) and of its training set (by the same people).
-    """
-    whole, sizes = {}, {"train": prepro.TRAIN_SIZE, "test": prepro.TEST_SIZE}
-    if smoke:
-        sizes = {"train": 500, "test": 200}
-        whole = {split: strokes.draw_digits(900, (prepro.STROKES_SEED, split == "test")) for split in sizes}
-    else:
-        generator, read = np.random.RandomState(prepro.MNIST_SEED), prepro.load_whole_mnist(data_root)
-        for split in ("test", "train") if draw == "test-first" else ("train", "test"):
-            images, labels = read[split]
-            order = generator.permutation(len(labels))  # of which prepro.py keeps the first
-            images = images[order].float()[:, None] / 127.5 - 1
-            images = torch.nn.functional.interpolate(images, (16, 16), mode="bilinear", align_corners=False)
-            whole[split] = images[:, 0].numpy(), labels[order].numpy()
-    splits = {split: (x[: sizes[split]], y[: sizes[split]]) for split, (x, y) in whole.items()}
-    fresh = {f"fresh-{split}": (x[sizes[split] :], y[sizes[split] :]) for split, (x, y) in whole.items()}
+    """split -> images (n, 1, 20, 20) and labels, and the SHA-256 of `train` and `test` alone."""
+    splits = digit_sets.load_draw(draw, data_root, smoke)
     digest = prepro.Digits(*splits["train"], *splits["test"], {}).sha256()
-    names = "train", "test", "fresh-test", "fresh-train"
-    return {name: (repro.add_border(x), y) for name in names for x, y in [(splits | fresh)[name]]}, digest
+    return {split: (repro.add_border(images), labels) for split, (images, labels) in splits.items()}, digest
 
 
 def load_mnist(config, data_root):
