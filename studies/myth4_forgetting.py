@@ -15,7 +15,8 @@ the 30% least forgotten that is not above 0 (paired by seed), or a cost of leavi
 of 0.3 points or more. Nothing is said beforehand about the most forgotten examples.
 
 The protocol of MNIST is that of the authors' repository, down to its random numbers: seeds 1 to 5 begin with
-the same weights and present the digits in the same order. CIFAR-10 has the same kind of network with more
+the same weights and present the digits in the same order. Theirs go on for 200 passes and ours for 100; how
+much still changes after 40, 60 and 80 is measured. CIFAR-10 has the same kind of network with more
 maps; its learning rate is chosen on 5,000 training examples that are held out. The networks that are trained
 without some examples have other seeds (1001 to 1005) than those whose counts rank the examples.
 """
@@ -37,11 +38,11 @@ from records.tables import read_runs
 from studies import common, forgetting_page
 
 PAGE = utils.ROOT / "results" / "myth4_forgetting" / "README.md"
-LOOKS = 10, 20, 40, 60, 100, 150, 200  # passes
+LOOKS = 10, 20, 30, 40, 60, 80, 100  # passes
 SMOKE = {"train_size": 400, "test_size": 100}
 
 
-def make_config(data="mnist28", passes=200, **changes):
+def make_config(data="mnist28", passes=100, **changes):
     """Every number that decides the result of a network."""
     config = {"data": data, "permuted": False, "maps": [10, 20], "hidden": 50}
     config |= {"batch_size": 64, "lr": 0.01, "momentum": 0.5}
@@ -52,7 +53,7 @@ def make_config(data="mnist28", passes=200, **changes):
 
 def without(ranked_by, kind, percent):
     """The config of a network that is trained without some examples, for as many updates as with all."""
-    data, passes = ("cifar10", 10) if ranked_by == "cifar10" else ("mnist28", 15)
+    data, passes = ("cifar10", 8) if ranked_by == "cifar10" else ("mnist28", 10)
     updates = passes * -(-{"cifar10": 50_000, "mnist28": 60_000}[data] // 64)
     removal = {"ranked_by": ranked_by, "remove": kind, "percent": percent}
     config = make_config(data, looks=[], updates=updates, seed_offset=1000, **removal)
@@ -62,9 +63,9 @@ def without(ranked_by, kind, percent):
 
 CONFIGS = {
     "mnist": make_config(),
-    "permuted": make_config(passes=100, permuted=True),
-    **{f"lr-{lr}": make_config("cifar10", 10, lr=lr, held_out=5_000) for lr in (0.001, 0.003, 0.01, 0.03)},
-    "cifar10": make_config("cifar10", 40),
+    "permuted": make_config(passes=60, permuted=True),
+    **{f"lr-{lr}": make_config("cifar10", 8, looks=[8], lr=lr, held_out=5_000) for lr in (0.003, 0.01, 0.03)},
+    "cifar10": make_config("cifar10", 30),
 }
 for _name, _percents in forgetting_page.FRACTIONS.items():
     CONFIGS[f"{_name}-all"] = without(_name, None, 0)
