@@ -60,7 +60,7 @@ CONFIGS |= {f"cross-{source}": {"source": source} | CROSS for source in SETS}
 CONFIGS |= {
     f"cropped-{source}": {"source": source} | CROSS | {"rung": "cropped", "sizes": [7291]} for source in SETS
 }
-CONFIGS["lenet"] = {"source": "mnist28", "train_size": 2000, "batch_size": 128, "lr": 1e-3, "steps": 500}
+CONFIGS["lenet"] = {"source": "mnist28", "train_size": 2000, "batch_size": 128, "lr": 1e-3, "steps": 300}
 SMOKE = {
     "name": {"digits": 40, "test_digits": 20, "smoke": True},
     "cross": {"sizes": [10, 40], "least_presentations": 40, "smoke": True},
@@ -77,14 +77,16 @@ def sample_sets(members, size, rng):
 
     `members` are the images and labels of each set; a set that is there twice gives different digits.
     """
-    take, images, numbers = size // 10, [], []
+    take, images, numbers, used = size // 10, [], [], dict.fromkeys((id(x) for x, _ in members), 0)
     orders = {id(x): rng.permutation(len(y)) for x, y in members}
     for number, (x, y) in enumerate(members):
-        order = orders[id(x)]
+        order, start = orders[id(x)], used[id(x)]
         for digit in range(10):
-            chosen = order[y[order] == digit][number * take : (number + 1) * take]
+            chosen = order[y[order] == digit][start : start + take]
+            assert len(chosen) == take, "a set has too few digits of a class"
             images.append(x[chosen])
-            numbers += [number] * len(chosen)
+        numbers += [number] * (10 * take)
+        used[id(x)] += take
     order = rng.permutation(len(numbers))
     return np.concatenate(images)[order], np.array(numbers)[order]
 
@@ -197,11 +199,16 @@ def tables(folder):
 
 @utils.exit_status
 def main(argv=None):
-    args = common.parse(common.study_flags("myth2_name_that_dataset", __doc__), argv)
+    parser = common.study_flags("myth2_name_that_dataset", __doc__)
+    parser.add_argument("--part", choices=MEASURE, help="train only this part, and write no page")
+    args = common.parse(parser, argv)
+    common.refuse(parser, args, "device")
     torch.set_num_threads(1)
     sets, digest = digit_sets.load_sets(args.data_root, args.smoke)
     for name, config in CONFIGS.items():
         part = name.split("-")[0]
+        if args.part not in (None, part):
+            continue
         common.run_configs(
             args,
             "myth2_name_that_dataset",
@@ -210,9 +217,10 @@ def main(argv=None):
             digest,
             device=args.device,
         )
-    figures.save(myth2_page.plot(read_runs(args.out)), args.out / "myth2_name_that_dataset.png")
-    figures.save(myth2_page.show_digits(sets), args.out / "digits.png")
-    common.show(args, PAGE, tables(args.out))
+    if not args.part:
+        figures.save(myth2_page.plot(read_runs(args.out)), args.out / "myth2_name_that_dataset.png")
+        figures.save(myth2_page.show_digits(sets), args.out / "digits.png")
+        common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":

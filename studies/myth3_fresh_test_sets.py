@@ -220,10 +220,15 @@ def tables(folder):
 
 @utils.exit_status
 def main(argv=None):
-    args = common.parse(common.study_flags("myth3_fresh_test_sets", __doc__), argv)
+    parser = common.study_flags("myth3_fresh_test_sets", __doc__)
+    parser.add_argument("--part", choices=PARTS, help="train only this part, and write no page")
+    args = common.parse(parser, argv)
+    common.refuse(parser, args, "device")
     torch.set_num_threads(1)
     for name, config in CONFIGS.items():
         part = name.split("-")[0]
+        if args.part not in (None, part):
+            continue
         load, measure, first_seed = PARTS[part]
         config = config | (SMOKE[part] if args.smoke else {})
         data, digest = load(config, args.data_root)
@@ -237,8 +242,9 @@ def main(argv=None):
             together=part == "mnist1d",
             device=args.device,
         )
-    figures.save(myth3_page.plot(read_runs(args.out)), args.out / "myth3_fresh_test_sets.png")
-    common.show(args, PAGE, tables(args.out))
+    if not args.part:
+        figures.save(myth3_page.plot(read_runs(args.out)), args.out / "myth3_fresh_test_sets.png")
+        common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":
