@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from studies.recipe.examples import features, nearest, pictures, sample, splits, squared_distances
 from studies.recipe.labels import known_label_errors, label_flips
-from studies.recipe.look import features, nearest, pictures, sample, splits, squared_distances
 from studies.recipe.model import Result
 from studies.recipe.origin import genuine, writers
 

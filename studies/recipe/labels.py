@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from studies.recipe.look import pictures, sample, squared_distances
+from studies.recipe.examples import pictures, sample, squared_distances
 from studies.recipe.model import Result
 from studies.recipe.origin import read_idx
 
@@ -65,13 +65,13 @@ def train_cnn(x, y, seed=0, passes=4):
     network = nn.Sequential(*layers, *head).to(memory_format=torch.channels_last)  # twice as fast
     optimizer = torch.optim.Adam(network.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=passes * -(-len(y) // 100))
-    with torch.backends.mkldnn.flags(enabled=True):  # repro.py switches it off
-        for _ in range(passes):
-            for chosen in torch.randperm(len(y)).split(100):
-                optimizer.zero_grad()
-                F.cross_entropy(network(x[chosen]), y[chosen]).backward()
-                optimizer.step()
-                schedule.step()
+    torch.backends.mkldnn.enabled = True  # repro.py switches it off
+    for _ in range(passes):
+        for chosen in torch.randperm(len(y)).split(100):
+            optimizer.zero_grad()
+            F.cross_entropy(network(x[chosen]), y[chosen]).backward()
+            optimizer.step()
+            schedule.step()
     network.eval()
     return lambda x: torch.cat([network(part).softmax(1).detach() for part in x.split(500)])
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import utils
 from datasets import qmnist, sources
-from studies.recipe.look import pictures, splits
+from studies.recipe.examples import pictures, splits
 from studies.recipe.model import Result
 
 MNIST1D_SHA256 = (
