@@ -25,14 +25,12 @@ import functools
 import json
 import os
 import sys
-import time
 import warnings
 
 import torch
 import torch.nn.functional as F
 from torch.autograd import functional
 from torch.func import grad, hessian, jacfwd, jacrev, jvp
-from tqdm import tqdm
 
 import prepro
 import repro
@@ -40,6 +38,7 @@ import utils
 from records import figures
 from records.tables import read_runs
 from studies import common, myth1_page
+from studies.myth1_page import deviation
 
 PAGE = utils.ROOT / "results" / "myth1_hessians" / "README.md"
 RANK, COMPILED, ROUNDS = 5, 200, 7  # the rank of the factorisation; the size to compile for; of the times
@@ -193,10 +192,6 @@ def digits_of(config, seed, splits, engine):
     return parameters, *map(torch.from_numpy, (images, repro.place_code(labels)))
 
 
-def deviation(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
 def train(config, seed, progress, splits, engine):
     """The records of a problem: the deviation of each route from the closed form, relative to its maximum."""
     name, records = config["problem"], []
@@ -226,52 +221,16 @@ def contenders(configs, digits):
     found, own = {}, [(name, n) for name, config in configs.items() for n in config["sizes"]]
     for name, n in [*own, ("network", 9_760)]:
         f, closed, x = make_problem(name, n, 0, torch.float32, digits)
-        found[name, n, "gradient"] = functools.partial(gradient, f, x)
+        found[name, n, "gradient"] = functools.partial(myth1_page.gradient, f, x)
         for product, compute in PRODUCTS.items():
             found[name, n, product] = functools.partial(compute, f, x, torch.ones_like(x))
         if closed:
             found[name, n, "closed form"] = functools.partial(closed, x)
             for route, compute in routes_of(name, n).items():
                 found[name, n, route] = functools.partial(compute, f, x)
-        if n == COMPILED and (fast := compiled(f, x, closed(x))):
+        if n == COMPILED and (fast := myth1_page.compiled(f, x, closed(x))):
             found[name, n, "func.hessian, compiled"] = functools.partial(fast, x)
     return found
-
-
-def compiled(f, x, expected):
-    """func.hessian by torch.compile, or None where this machine cannot compile it."""
-    fast = torch.compile(hessian(f))
-    try:
-        found = fast(x)
-    except Exception as error:  # of a dozen types: there may be no compiler, or a new version of Python
-        print(f"torch.compile is left out: {type(error).__name__}", file=sys.stderr)
-        return None
-    if deviation(found, expected) > 1e-4:
-        raise utils.RunFailed("torch.compile gives another Hessian: please report this")
-    return fast
-
-
-def gradient(f, x):
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(f(x), x)[0]
-
-
-def measure(entered, rounds, seconds, quiet):
-    """(problem, n, name) -> microseconds of a call in every round; calls are repeated for some `seconds`."""
-    times, calls = {key: [] for key in entered}, {}
-    for number in tqdm(range(1 + rounds), desc="times", unit="round", disable=quiet or None):
-        for key, compute in entered.items():
-            if number == 0:
-                compute()  # once to warm up
-            started = time.thread_time()
-            for _ in range(calls.get(key, 1)):
-                compute()
-            spent = time.thread_time() - started
-            if number:
-                times[key].append(round(1e6 * spent / calls[key], 3))
-            else:
-                calls[key] = max(1, round(seconds / spent))
-    return times
 
 
 def tables(folder=PAGE.parent):
@@ -298,7 +257,7 @@ def main(argv=None):
         rounds, seconds = (1, 1e-4) if args.smoke else (ROUNDS, 0.02)
         entered = contenders(configs, digits_of(configs["layer"], 0, splits, args.engine))
         record = {"rounds": rounds, "load": os.getloadavg()}
-        own = measure(entered, rounds, seconds, args.quiet)
+        own = myth1_page.measure(entered, rounds, seconds, args.quiet)
         record["microseconds"] = [[*key, microseconds] for key, microseconds in own.items()]
         utils.write_file(args.out / "times.json", json.dumps(record | utils.environment(), indent=1) + "\n")
     record = json.loads((args.out / "times.json").read_text())

@@ -1,7 +1,13 @@
-"""What the page of myth1_hessians shows: its tables and its figure, from its runs and times.json."""
+"""How long the routes of myth1_hessians take, and what its page shows: its tables and its figure."""
 
 import statistics
+import sys
+import time
 
+import torch
+from tqdm import tqdm
+
+import utils
 from records import figures
 from records.tables import markdown_table, mean_sd
 
@@ -15,6 +21,52 @@ TITLES = {
 }
 PRODUCTS = "backward twice", "functional.vhp", "functional.hvp", "jvp of grad"
 NOT_ROUTES = "gradient", "closed form", *PRODUCTS
+
+
+# The measurement
+
+
+def measure(entered, rounds, seconds, quiet):
+    """(problem, n, name) -> microseconds of a call in every round; calls are repeated for some `seconds`."""
+    times, calls = {key: [] for key in entered}, {}
+    for number in tqdm(range(1 + rounds), desc="times", unit="round", disable=quiet or None):
+        for key, compute in entered.items():
+            if number == 0:
+                compute()  # once to warm up
+            started = time.thread_time()
+            for _ in range(calls.get(key, 1)):
+                compute()
+            spent = time.thread_time() - started
+            if number:
+                times[key].append(round(1e6 * spent / calls[key], 3))
+            else:
+                calls[key] = max(1, round(seconds / spent))
+    return times
+
+
+def gradient(f, x):
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(f(x), x)[0]
+
+
+def compiled(f, x, expected):
+    """func.hessian by torch.compile, or None where this machine cannot compile it."""
+    fast = torch.compile(torch.func.hessian(f))
+    try:
+        found = fast(x)
+    except Exception as error:  # of a dozen types: there may be no compiler, or a new version of Python
+        print(f"torch.compile is left out: {type(error).__name__}", file=sys.stderr)
+        return None
+    if deviation(found, expected) > 1e-4:
+        raise utils.RunFailed("torch.compile gives another Hessian: please report this")
+    return fast
+
+
+def deviation(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+# What is shown of it
 
 
 def by_key(record):
