@@ -168,6 +168,13 @@ def modern_model(data="auto", draw=None, data_root=None, engine="auto", change=4
         train, test = (data.train_x, data.train_y), (data.test_x, data.test_y)
         return run_on({"train": [t.numpy() for t in train], "test": [t.numpy() for t in test]}, seed, passes)
 
+    def together(seeds, x, y, passes):
+        own = config | {"passes": passes}
+        digits = {"train": (x.numpy(), y.numpy())}
+        stack = modern.pick_engine("torch", "cpu", own)
+        replicas = modern.train(own, seeds, digits, stack, every_pass=False)[1]
+        return [as_network(parameters) for parameters in replicas.parameters()]
+
     def evaluate(network, x, y):
         (replica,) = [modern.pick_engine(usual, "cpu", config)([0])]
         with torch.no_grad():
@@ -198,6 +205,7 @@ def modern_model(data="auto", draw=None, data_root=None, engine="auto", change=4
         see=see,
         lr=lr,
         run=run,
+        together=together,
         engines=engines,
         variants=tuple(
             {

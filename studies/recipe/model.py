@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -66,6 +67,7 @@ class Model:
         None  # data, seed=0, passes=None -> network, and the records that the script writes
     )
     engines: tuple = ()  # names of what can train it, as in --engine; the first is the default
+    together: Callable | None = None  # seeds, x, y, passes -> networks that are trained as one computation
     variants: tuple = ()  # changes of the config that a user can ask for and that train by other code
     first: str | None = None  # name of the first layer's weights
     last: tuple | None = None  # names of the last layer's weights and biases
@@ -96,11 +98,23 @@ def activations(model, network, x, *names):
 _runs = {}
 
 
-def run_once(model, data, passes=None):
-    """`model.run` of seed 0, done only once for all checks: the network, and the records."""
-    key = id(model), id(data), passes or model.passes
+def run_once(model, data):
+    """`model.run` of seed 0, done only once for all checks: the network, and the records.
+
+    Without `run`, the records are made here, after the last pass.
+    """
+    key = id(model), id(data)
     if key not in _runs:
-        _runs[key] = model.run(data, 0, passes or model.passes), model, data  # these keep their ids
+        if model.run:
+            found = model.run(data, 0, model.passes)
+        else:
+            network, records = model.train(data.train_x, data.train_y, 0, model.passes), []
+            for split, x, y in ("train", *data[:2]), ("test", *data[2:4]):
+                loss, misses = model.evaluate(network, x, y)
+                record = {"pass": model.passes, "split": split, "loss": loss, "misses": misses}
+                records.append(record | {"n": len(y), "error": 100 * misses / len(y)})
+            found = network, records
+        _runs[key] = found, model, data  # these keep their ids
     return _runs[key][0]
 
 
@@ -108,6 +122,45 @@ def losses_of(loss):
     if loss == "mse":
         return lambda outputs, y: (outputs - (2 * F.one_hot(y, 10) - 1)).square().mean(dim=1)
     return lambda outputs, y: F.cross_entropy(outputs, y, reduction="none")
+
+
+# What the checks share
+
+
+def result(check, expected, measured, passed, **facts):
+    return Result(check, expected, measured, passed if passed is None else bool(passed), facts)
+
+
+def skip(check, why):
+    return result(check, "-", f"does not apply: {why}", None)
+
+
+def sample(data, n, split="train"):
+    """The same n examples each time, from all over the split."""
+    x, y = (data.train_x, data.train_y) if split == "train" else (data.test_x, data.test_y)
+    chosen = torch.from_numpy(np.random.default_rng(2019).permutation(len(y))[:n])
+    return x[chosen], y[chosen]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.values(), other.values()))
+
+
+@torch.no_grad()
+def outputs_of(model, network, x):
+    return torch.cat([model.forward(network, part) for part in x.split(1000)])
+
+
+def mean_loss(model, network, x, y):
+    return float(model.losses(outputs_of(model, network, x).double(), y).mean())
+
+
+def best_constant(model, y):
+    """The loss and the error of the best answer that does not look at the input."""
+    shares = torch.bincount(y, minlength=10).double() / len(y)
+    squared = 4 * (shares * (1 - shares)).mean()  # 4 p (1 - p) for each of ten outputs of -1 or 1
+    loss = squared if model.loss == "mse" else -torch.special.xlogy(shares, shares).sum()
+    return float(loss), 100 * (1 - shares.max().item())
 
 
 def make_models(**where):

@@ -43,6 +43,13 @@ def mnist1d_model(kind, data=None, draw=None, data_root=None, engine=None):
                 watch((step + 1) // each, unstack(parameters))
         return unstack(parameters)
 
+    def together(seeds, x, y, passes):
+        parameters = mnist1d.init_parameters(shapes, seeds)
+        own, _ = change(config, len(y), passes, {})
+        for _ in mnist1d.train_as_published(stacked_forward, parameters, x.T, y, own):
+            pass
+        return [unstack({name: p[k : k + 1] for name, p in parameters.items()}) for k in range(len(seeds))]
+
     def run(data, seed=0, passes=None):
         own, _ = change(config, len(data.train_y), passes, {})
         splits = dict(zip(("x", "y", "x_test", "y_test"), (tensor.numpy() for tensor in data[:4])))
@@ -85,6 +92,7 @@ def mnist1d_model(kind, data=None, draw=None, data_root=None, engine=None):
         see=see,
         lr=lambda number, passes: config["lr"],
         run=run,
+        together=together,
         engines=("torch",),
         first=next(iter(shapes)),
         last=("out_weight", "out_bias"),
