@@ -27,15 +27,14 @@ decay. Dynamic convolution gets the first of them, too.
 import argparse
 import functools
 import itertools
-import math
 import sys
 
 import numpy as np
 import torch
 
 import utils
-from records.run import read_run
 from studies import common, mixers, mnist1d, pooling
+from studies import myth6_common as myth6
 
 PAGE = utils.ROOT / "results" / "myth6_attention" / "README.md"
 MIXERS = "conv", "depthwise", "light", "dynamic", "attention"
@@ -44,8 +43,8 @@ KINDS = *MIXERS, *MIDDLE
 SIZES = 500, 2_000, 4_000, 16_000
 AT_ALL_SIZES = "conv", "dynamic", "attention", "embedding"
 SHUFFLED = "conv", "dynamic", "attention"
-CHOSEN_LR = dict.fromkeys(KINDS, 3e-3)  # by the runs `choose-<kind>`, as a test checks
-CHOOSING_SEEDS = 100, 101
+CHOSEN = {kind: {"lr": 3e-3} for kind in KINDS}  # by the runs `choose-<kind>`, as a test checks
+KEYS = ("lr",)  # what is chosen
 SMOKE = {"updates": 2, "batch_size": 8, "test_size": 100, "fresh_size": 100}
 
 
@@ -69,7 +68,7 @@ def make_config(kind, train_size=4_000, **changes):
         "hidden": 64,
         "batch_size": 32,
         "batch_seed": 0,  # the batches are the same for all seeds, which are initial weights
-        "lr": CHOSEN_LR[kind],
+        **CHOSEN[kind],
         "warmup": 0.05,  # of the updates; then the rate falls to 0 as a half of a cosine does
         "weight_decay": 0.01,
         "updates": 4_000,
@@ -106,7 +105,12 @@ def shapes(config):
 
 CHOICES = {
     f"choose-{kind}": make_config(
-        kind, validation_size=800, updates=2_000, lr=[3e-3, 1e-2], lr_farther=1, choosing_seeds=CHOOSING_SEEDS
+        kind,
+        validation_size=800,
+        updates=2_000,
+        lr=[3e-3, 1e-2],
+        lr_farther=1,
+        choosing_seeds=myth6.CHOOSING_SEEDS,
     )
     for kind in KINDS
 }
@@ -138,9 +142,7 @@ def train(config, seeds, progress):
     splits, _ = load_data(config)
     x, y = splits["train"]
     parameters = mnist1d.init_parameters(shapes(config), seeds)
-    optimizer = torch.optim.AdamW(
-        parameters.values(), config["lr"], weight_decay=config["weight_decay"], foreach=True
-    )
+    optimizer = myth6.make_optimizer(parameters, config)
     batches, order, size = (
         np.random.default_rng(config["batch_seed"]),
         np.array([], int),
@@ -150,9 +152,7 @@ def train(config, seeds, progress):
         if len(order) < size:
             order = batches.permutation(len(y))
         batch, order = torch.from_numpy(order[:size]), order[size:]
-        done = (step + 1) / config["updates"]
-        share = min(done / config["warmup"], (1 + math.cos(math.pi * done)) / 2)
-        optimizer.param_groups[0]["lr"] = config["lr"] * share
+        myth6.set_rate(optimizer, config, (step + 1) / config["updates"])
         logits = forward(config, parameters, x[:, batch].expand(len(seeds), -1, -1))
         optimizer.zero_grad()
         mnist1d.cross_entropy(logits, y[batch]).sum().backward()
@@ -167,29 +167,7 @@ def train(config, seeds, progress):
 
 
 def choose(config, seeds, progress):
-    """Try the learning rates that the config lists, and one beyond if an outer one is best: the records."""
-    records = {seed: [] for seed in seeds}
-
-    def misses_of(candidate):
-        found = train(candidate, seeds, progress)
-        for seed, own in found.items():
-            records[seed] += [{"lr": candidate["lr"], **record} for record in own]
-        return sum(own[-1]["misses"] for own in found.values())
-
-    common.choose(config, misses_of)
-    return records
-
-
-def chosen(folder):
-    """The learning rate of each kind with the fewest validation misses, by the runs in a folder."""
-    found = {}
-    for name in CHOICES:
-        misses = {}
-        for records in read_run(folder / f"{name}.jsonl").records.values():
-            for record in (record for record in records if record["split"] == "validation"):
-                misses[record["lr"]] = misses.get(record["lr"], 0) + record["misses"]
-        found[name.removeprefix("choose-")] = min(misses, key=lambda lr: (misses[lr], lr))
-    return found
+    return myth6.choose(config, seeds, lambda *candidate: train(*candidate, progress), KEYS)
 
 
 @utils.exit_status
@@ -209,9 +187,10 @@ def main(argv=None):
             given = argparse.Namespace(**vars(args) | flags), "myth6_attention", own, train, digest
             common.run_configs(*given, work=work, together=True, engine="torch", device="cpu")
 
-    run(CHOICES, choose, 3, seed=CHOOSING_SEEDS[0], seeds=len(CHOOSING_SEEDS))
-    if not args.smoke and chosen(args.out) != CHOSEN_LR:
-        raise utils.RunFailed(f"validation chooses other learning rates than CHOSEN_LR: {chosen(args.out)}")
+    run(CHOICES, choose, 3, seed=myth6.CHOOSING_SEEDS[0], seeds=len(myth6.CHOOSING_SEEDS))
+    found = myth6.chosen(args.out, CHOSEN, KEYS)
+    if not args.smoke and found != CHOSEN:
+        raise utils.RunFailed(f"validation chooses otherwise than CHOSEN: {found}")
     run(CONFIGS, train)
 
 
