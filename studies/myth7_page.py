@@ -112,7 +112,7 @@ def plot(found):
                 style = {"linestyle": line, "color": f"C{number}", "marker": "o", "markersize": 4}
                 figures.band(axis, epsilons, 100 * np.array(own).T, f"{name}, {steps}", **style)
         axis.axhline(chance, color="0.5", linestyle=":", linewidth=1)
-        axis.text(16, chance + 1.5, "chance", ha="right", color="0.4", fontsize="small")
+        axis.text(epsilons[-1], chance + 1.5, "chance", ha="right", color="0.4", fontsize="small")
         axis.set(xlabel="largest change of a pixel (grey levels of 255)", title=map_name, ylim=(0, 103))
         axis.set_xticks(epsilons)
         axis.grid(True)

@@ -88,7 +88,7 @@ def attack(p, images, labels, kind, method, epsilon, config, generator=None):
     """
     activate, smooth = activations_of(kind, config)
     top = saliency(p, images, labels, activate, method, config).topk(config["top"]).indices
-    best, lowest, flips = images.clone(), torch.ones(len(images)), torch.zeros(len(images))
+    best, lowest, flips = images.clone(), images.new_ones(len(images)), torch.zeros(len(images))
     moved = images
     for _ in range(config["iterations"]):
         if generator:
