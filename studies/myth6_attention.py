@@ -33,8 +33,11 @@ import numpy as np
 import torch
 
 import utils
+from records import figures
+from records.run import read_run
 from studies import common, mixers, mnist1d, pooling
 from studies import myth6_common as myth6
+from studies import myth6_page as page
 
 PAGE = utils.ROOT / "results" / "myth6_attention" / "README.md"
 MIXERS = "conv", "depthwise", "light", "dynamic", "attention"
@@ -170,6 +173,22 @@ def choose(config, seeds, progress):
     return myth6.choose(config, seeds, lambda *candidate: train(*candidate, progress), KEYS)
 
 
+def read_all(folder):
+    """The runs of all configs in their order."""
+    return {name: read_run(folder / f"{name}.jsonl") for name in CONFIGS}
+
+
+def tables(folder):
+    """The page's tables by the names of their markers, from the runs in a folder."""
+    found = read_all(folder)
+    return {
+        "mixers": page.mixer_table(found, lambda config: mnist1d.count(shapes(config))),
+        "sizes": page.size_table(found, AT_ALL_SIZES, SIZES),
+        "orders": page.order_table(found, SHUFFLED),
+        "choices": page.choice_table(folder, KINDS, KEYS),
+    }
+
+
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("myth6_attention", __doc__)
@@ -192,6 +211,9 @@ def main(argv=None):
     if not args.smoke and found != CHOSEN:
         raise utils.RunFailed(f"validation chooses otherwise than CHOSEN: {found}")
     run(CONFIGS, train)
+    figure = page.plot_accuracies(read_all(args.out), AT_ALL_SIZES, SIZES, KINDS)
+    figures.save(figure, args.out / "myth6_attention.png")
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":

@@ -40,15 +40,20 @@ def choose(config, seeds, train, keys):
     return records
 
 
+def validation_misses(folder, name, keys):
+    """The values of `keys` -> the validation misses of both seeds with them, in the run `choose-<name>`."""
+    misses = {}
+    for records in read_run(folder / f"choose-{name}.jsonl").records.values():
+        for record in (record for record in records if record["split"] == "validation"):
+            values = tuple(record[key] for key in keys)
+            misses[values] = misses.get(values, 0) + record["misses"]
+    return misses
+
+
 def chosen(folder, names, keys):
-    """name -> the values of `keys` with the fewest validation misses, by the runs `choose-<name>`."""
+    """name -> the values of `keys` with the fewest validation misses; of equals, the lowest."""
     found = {}
     for name in names:
-        misses = {}
-        for records in read_run(folder / f"choose-{name}.jsonl").records.values():
-            for record in (record for record in records if record["split"] == "validation"):
-                values = tuple(record[key] for key in keys)
-                misses[values] = misses.get(values, 0) + record["misses"]
-        best = min(misses, key=lambda values: (misses[values], values))
-        found[name] = dict(zip(keys, best))
+        misses = validation_misses(folder, name, keys)
+        found[name] = dict(zip(keys, min(misses, key=lambda values: (misses[values], values))))
     return found

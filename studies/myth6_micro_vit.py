@@ -25,7 +25,6 @@ each time. The rates that were chosen on MNIST are used for USPS, too.
 
 import argparse
 import functools
-import math
 import sys
 
 import numpy as np
@@ -36,19 +35,14 @@ import modern
 import prepro
 import repro
 import utils
-from studies import common, mixers, mnist1d
+from records import figures
+from records.run import read_run
+from studies import common, micro_vit, mnist1d
 from studies import myth6_common as myth6
+from studies import myth6_page as page
 
 PAGE = utils.ROOT / "results" / "myth6_micro_vit" / "README.md"
-# `convolutions` are the sizes of kernels, the steps between them, and their outputs: a patch is a kernel that
-# overlaps no other. The head has a hidden layer that reads all positions, or else reads their mean.
-NETWORKS = {
-    "patch4": {"convolutions": [[4, 4, 16]], "heads": 4, "blocks": 1, "hidden": 52, "head": 24},
-    "patch2": {"convolutions": [[2, 2, 4]], "heads": 2, "blocks": 1, "hidden": 28, "head": 34},
-    "stem": {"convolutions": [[3, 2, 8], [3, 2, 16]], "heads": 4, "blocks": 1, "hidden": 16, "head": 24},
-    "mean": {"convolutions": [[4, 4, 20]], "heads": 4, "blocks": 2, "hidden": 67, "head": 0},
-}
-CHOSEN = {name: {"lr": 1e-3, "dropout": 0.0} for name in ("convnet", *NETWORKS)}
+CHOSEN = {name: {"lr": 1e-3, "dropout": 0.0} for name in ("convnet", *micro_vit.NETWORKS)}
 KEYS = "lr", "dropout"  # what is chosen
 PASSES, DIGITS = 80, prepro.TRAIN_SIZE
 SMOKE = {"data": "strokes", "train_size": DIGITS, "smoke_digits": 200, "passes": 1, "lr_farther": 0}
@@ -62,7 +56,7 @@ def make_config(network, data="mnist", passes=PASSES, train_size=DIGITS, **chang
         return {"network": network} | modern.make_config(4, data) | more | changes
     config = modern.make_config(4, data, train_size=train_size)
     config = {key: config[key] for key in ("data", "draw", "train_size") if key in config}
-    config |= {"network": network, "mixer": "attention", "kernel_width": None, **NETWORKS[network]}
+    config |= {"network": network, "mixer": "attention", "kernel_width": None, **micro_vit.NETWORKS[network]}
     config |= {"passes": passes, "batch_size": 32, "warmup": 0.05, "weight_decay": 0.05, "shift_pixels": 1}
     return config | {"channels": config["convolutions"][-1][2]} | changes
 
@@ -80,61 +74,6 @@ CONFIGS = {f"mnist-{network}": make_config(network) for network in CHOSEN}  # in
 CONFIGS |= {f"usps-{network}": make_config(network, "usps") for network in FEWER}
 CONFIGS |= {f"mnist-{network}-50000": make_config(network, train_size=50_000, passes=12) for network in FEWER}
 CONFIGS |= {f"mnist-{network}-long": make_config(network, passes=4 * PASSES) for network in FEWER[:2]}
-
-
-# The transformer
-
-
-def convolve(p, name, h, size, step):
-    """A convolution of h (replicas, channels, height, width, n); kernels that overlap are padded."""
-    if size > step:
-        h = F.pad(h, (0, 0, 0, size - step, 0, size - step))
-    places = (h.shape[2] - size) // step + 1
-    taps = [slice(k, k + step * (places - 1) + 1, step) for k in range(size)]
-    return mixers.linear(p, name, torch.cat([h[:, :, down, right] for down in taps for right in taps], dim=1))
-
-
-def forward(config, p, x, kept=None):
-    """Logits (replicas, 10, n) of images (replicas, 256, n). `kept` multiplies what the head reads."""
-    h = x.unflatten(1, (1, 16, 16)) + 1  # from 0 to 2, so that the border is background
-    for number, (size, step, _) in enumerate(config["convolutions"]):
-        h = convolve(p, f"conv{number}", h.relu(), size, step)
-    h = h.flatten(2, 3) + p["positions"][..., None]
-    for number in range(config["blocks"]):
-        h = mixers.block(p, f"block{number}_", h, config)
-    h = mixers.norm(h)
-    h = h.flatten(1, 2) if config["head"] else h.mean(2)
-    h = h if kept is None else h * kept
-    return mnist1d.linear(p, "out", mnist1d.linear(p, "head", h).relu() if config["head"] else h)
-
-
-def shapes(config):
-    found, inputs, side, channels = {}, 1, 16, config["channels"]
-    for number, (size, step, outputs) in enumerate(config["convolutions"]):
-        found |= mnist1d.layer(f"conv{number}", inputs * size**2, outputs)
-        inputs, side = outputs, side // step
-    found |= {"positions": ((channels, side**2), side**2)}
-    for number in range(config["blocks"]):
-        found |= mixers.block_shapes(f"block{number}_", side**2, config)
-    if not config["head"]:
-        return found | mnist1d.layer("out", channels, 10)
-    return (
-        found
-        | mnist1d.layer("head", channels * side**2, config["head"])
-        | mnist1d.layer("out", config["head"], 10)
-    )
-
-
-def connections(config):
-    """How many products and biases an image takes, as the 64,660 of 1989 are counted."""
-    side, total, found = 16, 0, shapes(config)
-    for number, (_, step, _) in enumerate(config["convolutions"]):
-        side //= step
-        total += side**2 * sum(math.prod(found[f"conv{number}_{kind}"][0]) for kind in ("weight", "bias"))
-    for name, (shape, _) in found.items():
-        if not name.startswith("conv"):
-            total += math.prod(shape) * (side**2 if name.startswith("block") else 1)
-    return total + config["blocks"] * 2 * side**4 * config["channels"]  # queries with keys, and the sums
 
 
 # Training
@@ -164,7 +103,7 @@ def train(config, seeds, progress, splits, pick_engine):
     }
     images, labels = (torch.from_numpy(array) for array in splits["train"])
     moved = images[:, 0, 1:-1, 1:-1].unfold(1, 16, 1).unfold(2, 16, 1)  # (n, 3 down, 3 right, 16, 16)
-    parameters, size = mnist1d.init_parameters(shapes(config), seeds), config["batch_size"]
+    parameters, size = mnist1d.init_parameters(micro_vit.shapes(config), seeds), config["batch_size"]
     optimizer = myth6.make_optimizer(parameters, config)
     generators = [np.random.default_rng([1, seed]) for seed in seeds]
     updates = len(labels) // size * config["passes"]
@@ -182,12 +121,12 @@ def train(config, seeds, progress, splits, pick_engine):
             )
             kept = torch.from_numpy(kept) / (1 - config["dropout"])
         myth6.set_rate(optimizer, config, (step + 1) / updates)
-        logits = forward(config, parameters, moved[batch, down, right].flatten(2).mT, kept)
+        logits = micro_vit.forward(config, parameters, moved[batch, down, right].flatten(2).mT, kept)
         optimizer.zero_grad()
         F.cross_entropy(logits, labels[batch], reduction="none").mean(1).sum().backward()
         optimizer.step()
         progress(len(seeds) * size)
-    records, network = {seed: [] for seed in seeds}, functools.partial(forward, config)
+    records, network = {seed: [] for seed in seeds}, functools.partial(micro_vit.forward, config)
     for split, (x, y) in examples.items():
         found = mnist1d.evaluations(network, parameters, split, x, y, step, config, len(labels))
         for own, record in zip(records.values(), found):
@@ -197,6 +136,17 @@ def train(config, seeds, progress, splits, pick_engine):
 
 def choose(config, seeds, progress, **given):
     return myth6.choose(config, seeds, lambda *candidate: train(*candidate, progress, **given), KEYS)
+
+
+def read_all(folder):
+    """The runs of all configs in their order."""
+    return {name: read_run(folder / f"{name}.jsonl") for name in CONFIGS}
+
+
+def tables(folder):
+    """The page's tables by the names of their markers, from the runs in a folder."""
+    found = {"misses": page.miss_table(read_all(folder), micro_vit.sizes)}
+    return found | {"choices": page.choice_table(folder, CHOSEN, KEYS)}
 
 
 @utils.exit_status
@@ -229,6 +179,8 @@ def main(argv=None):
     if not args.smoke and found != CHOSEN:
         raise utils.RunFailed(f"validation chooses otherwise than CHOSEN: {found}")
     run(CONFIGS, train)
+    figures.save(page.plot_misses(read_all(args.out), list(CHOSEN)), args.out / "myth6_micro_vit.png")
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":

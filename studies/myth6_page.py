@@ -1,0 +1,206 @@
+"""What the two pages of myth 6 show: tables and figures, from their runs (name -> Run)."""
+
+import statistics
+
+import numpy as np
+
+import utils
+from records import figures
+from records.tables import difference, markdown_table, mean_sd, published
+from studies import myth6_common as myth6
+
+LOCALITY = "embedding", "relative", "window"  # attention that is told, in one way or another, what is near
+
+
+def choice_table(folder, names, keys):
+    """How many of the validation examples each candidate missed: a row for each network, the best in bold."""
+    rows, candidates = [], {}
+    for name in names:
+        candidates[name] = myth6.validation_misses(folder, name, keys)
+    columns = sorted({values for own in candidates.values() for values in own})
+    for name, misses in candidates.items():
+        best = min(misses, key=lambda values: (misses[values], values))
+        cells = (
+            f"**{misses[c]:,}**" if c == best else f"{misses[c]:,}" if c in misses else "-" for c in columns
+        )
+        rows.append((name, *cells))
+    heads = (", ".join(f"{key} {value:g}" for key, value in zip(keys, column)) for column in columns)
+    return markdown_table(("network", *heads), rows)
+
+
+def share(values, low, high):
+    """How far the mean of the values is on the way from the mean of `low` to that of `high`, as text."""
+    low, high = statistics.fmean(low), statistics.fmean(high)
+    if low == high:
+        return "-"
+    return f"{(statistics.fmean(values) - low) / (high - low):.0%}"
+
+
+# Attention on MNIST-1D
+
+
+def accuracies(run, split="fresh"):
+    """The accuracy of each seed after the last update, in percent."""
+    return [100 - record["error"] for record in run.final(split)]
+
+
+def mixer_table(found, count):
+    """All networks that were trained on 4,000 examples in order."""
+    attention, dynamic = (accuracies(found[f"{kind}-4000"]) for kind in ("attention", "dynamic"))
+    rows = []
+    for name, run in found.items():
+        kind, _, ending = name.partition("-4000")
+        if "-4000" not in name:
+            continue
+        fresh = accuracies(run)
+        against = [own - other for own, other in zip(fresh, attention)]
+        cells = [f"{count(run.config):,}", f"{run.config['updates']:,}", f"{run.config['lr']:g}", len(fresh)]
+        cells += [mean_sd(accuracies(run, split), ".1f") for split in ("train", "test", "fresh")]
+        cells += ["-" if name == "attention-4000" else difference(against)]
+        cells += [share(fresh, attention, dynamic) if kind in LOCALITY else "-"]
+        rows.append((f"{kind}{ending.replace('-', ', ')}", *cells))
+    head = "mixer", "parameters", "updates", "lr", "n", "4,000 training", "1,000 test", "10,000 fresh"
+    return markdown_table((*head, "minus attention", "of the gap to dynamic"), rows)
+
+
+def size_table(found, kinds, sizes):
+    """Fresh accuracy against the number of training examples, and the gap between dynamic and attention."""
+    rows = []
+    for n in sizes:
+        own = {kind: accuracies(found[f"{kind}-{n}"]) for kind in kinds}
+        gap = [a - b for a, b in zip(own["dynamic"], own["attention"])]
+        cells = (mean_sd(values, ".1f") for values in own.values())
+        rows.append(
+            (
+                f"{n:,}",
+                len(gap),
+                *cells,
+                difference(gap),
+                share(own["embedding"], own["attention"], own["dynamic"]),
+            )
+        )
+    return markdown_table(
+        ("training examples", "n", *kinds, "dynamic minus attention", "embedding closes"), rows
+    )
+
+
+def order_table(found, kinds):
+    """Test accuracy on ordered and on shuffled positions, beside the published CNN."""
+    rows = []
+    for kind in kinds:
+        runs = found[f"{kind}-4000"], found[f"{kind}-shuffled"]
+        cells = [mean_sd(accuracies(run, split), ".1f") for split in ("test", "fresh") for run in runs]
+        change = [b - a for a, b in zip(*map(accuracies, runs))]
+        against = [a - b for a, b in zip(accuracies(runs[1]), accuracies(found["attention-shuffled"]))]
+        rows.append(
+            (
+                kind,
+                len(change),
+                *cells,
+                difference(change),
+                "-" if kind == "attention" else difference(against),
+            )
+        )
+    reference = utils.reference("mnist1d")
+    ordered, shuffled = (reference[row] for row in ("cnn", "cnn-shuffled"))
+    texts = (f"{row['test_accuracy']} ± {row['test_accuracy_sd']}" for row in (ordered, shuffled))
+    rows.append(("CNN, published", ordered["sd_seeds"], *texts, "-", "-", "-", "-"))
+    head = "mixer", "n", "test, ordered", "test, shuffled", "fresh, ordered", "fresh, shuffled"
+    return markdown_table((*head, "shuffled minus ordered, fresh", "minus attention, shuffled, fresh"), rows)
+
+
+def plot_accuracies(found, kinds, sizes, all_kinds):
+    """Accuracy against training examples, and that of all mixers at 4,000 examples, ordered and shuffled."""
+    figure, (left, right) = figures.subplots(1, 2, figsize=(10, 4.2))
+    colours = {kind: f"C{number}" for number, kind in enumerate(all_kinds)}
+    for kind in kinds:
+        own = np.array([accuracies(found[f"{kind}-{n}"]) for n in sizes]).T
+        figures.band(left, sizes, own, kind, color=colours[kind], marker="o", markersize=3)
+    left.set(
+        xscale="log", xlabel="training examples", xticks=sizes, ylabel="accuracy on 10,000 fresh examples (%)"
+    )
+    left.xaxis.set_major_formatter("{x:,.0f}")
+    left.xaxis.set_minor_formatter("")
+    left.set_title(f"mean ± sd, n = {len(own)}")
+    left.legend(fontsize="small")
+    for row, kind in enumerate(all_kinds):
+        for order, marker in (("4000", "o"), ("shuffled", "x")):
+            if f"{kind}-{order}" in found:
+                values = accuracies(found[f"{kind}-{order}"])
+                right.plot(values, [row] * len(values), marker, color=colours[kind], markersize=5, alpha=0.7)
+    for row in ("cnn", "cnn-shuffled"):
+        right.axvline(
+            utils.reference("mnist1d")[row]["test_accuracy"], color="0.5", linestyle="--", linewidth=1
+        )
+    right.set_yticks(range(len(all_kinds)), all_kinds)
+    right.invert_yaxis()
+    right.set(xlabel="accuracy (%); dashed: published CNN, ordered and shuffled")
+    right.set_title("4,000 examples, a point a seed; crosses: shuffled positions", fontsize="medium")
+    for axis in (left, right):
+        axis.grid(True)
+    return figure
+
+
+# The micro-ViT on the digits of 1989
+
+
+def misses(run, split="test"):
+    return [record["misses"] for record in run.final(split)]
+
+
+def miss_table(found, sizes):
+    """Test misses of each network on each set of digits, beside those of the convolutional network."""
+    rows = []
+    for name, run in found.items():
+        data, network, *ending = name.split("-")
+        beside = "-".join([data, "convnet", *(ending if ending != ["long"] else [])])
+        own, convnet = misses(run), misses(found[beside])
+        transformer = misses(found["-".join([data, "patch4", *(ending if ending != ["long"] else [])])])
+        counts = [f"{number:,}" for number in sizes(run.config)]
+        fit = f"{statistics.fmean(record['error'] for record in run.final('train')):.2f}%"
+        against = "-" if name == beside else difference([a - b for a, b in zip(own, convnet)])
+        closed = (
+            "-"
+            if network in ("convnet", "patch4") and ending != ["long"]
+            else share(own, transformer, convnet)
+        )
+        ratio = f"{statistics.fmean(own) / statistics.fmean(convnet):.2f}"
+        digits = f"{run.config['train_size']:,}"
+        cells = [
+            data,
+            digits,
+            run.config["passes"],
+            *counts,
+            len(own),
+            fit,
+            mean_sd(own, ".1f"),
+            against,
+            ratio,
+            closed,
+        ]
+        rows.append((network, *cells))
+    head = "network", "digits", "trained on", "passes", "parameters", "connections", "n", "training error"
+    return markdown_table(
+        (*head, "test misses", "minus convnet", "times convnet", "of the gap to patch4"), rows, 2
+    )
+
+
+def plot_misses(found, networks):
+    """The test misses of all seeds on MNIST, beside the published ones of the convolutional network."""
+    values = [misses(found[f"mnist-{network}"]) for network in networks]
+    row = utils.reference("karpathy2022")["dropout"]
+    figure = figures.ladder(
+        values, networks, None, "misses of 2,007 test digits", f"MNIST, n = {len(values[0])}"
+    )
+    axis, value = figure.axes[0], published(row["test_misses"])
+    axis.axhline(value, color="0.5", linestyle="--", linewidth=1)
+    axis.text(
+        len(networks) - 0.5,
+        value,
+        f"published convnet: {value}",
+        color="0.4",
+        ha="right",
+        va="bottom",
+        fontsize="small",
+    )
+    return figure
