@@ -8,26 +8,24 @@ article, written down before the runs:
   optimizers (Adam is safe). Which optimizer has the wider band of good rates, those within a point of its
   best, is reported; the article says Adam, and SGD a little better at its best;
 - a published count outside the 95% interval for one more of our seeds, or shifts that do not lower the
-  validation misses by the 95% interval over seeds (one at a time);
-- a rate that is not on the straight line that the config describes (decay).
+  validation misses by the 95% interval over seeds (one at a time).
+The decay of the learning rate is in schedule.py.
 """
 
 import math
 import statistics
-from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import forward_forward
 import modern
-import repro
 import utils
 from records.run import read_run
 from records.tables import prediction_interval, published, sign_test
 from studies import mnist1d, spatial_priors
 from studies.recipe.model import Result, skip
+from studies.recipe.schedule import lr_decay
 from studies.recipe.trained import (
     MNIST1D,
     NO_WIDTHS,
@@ -181,65 +179,6 @@ def one_at_a_time(model, data):
         f"before, and the median McNemar p of a seed: {words}",
         all(inside) and rungs["shift"]["lower"],
         {"rungs": rungs, "misses": [each.sum(axis=1).tolist() for each in wrong], "published_inside": inside},
-    )
-
-
-class Recorder:
-    """An engine of repro.py, or the replicas of modern.py, that only writes down the rates it is given."""
-
-    at_a_time = 1000
-
-    def __init__(self, *replicas):
-        self.shape, self.rates = replicas, []
-
-    def train_pass(self, *given):
-        self.rates.append(given[-1])
-
-    def compute_outputs(self, *given):
-        return np.zeros((*self.shape, len(given[-1]), 10), np.float32)
-
-
-def rates_used(model, data, passes):
-    """The rate of each pass as the shipped loop hands it on, and the plan of the config."""
-    n, config = 100, model.config | {"passes": passes}
-    x, y = data.train_x[:n], data.train_y[:n]
-    if model.name == "modern":
-        recorder = Recorder(1)
-        modern.train(config, [0], {"train": (x.numpy(), y.numpy())}, lambda _: recorder, every_pass=False)
-        steps = [k / max(passes - 1, 1) for k in range(passes)]
-        return recorder.rates, [config["lr"] + k * (config["final_lr"] - config["lr"]) for k in steps]
-    if model.name == "lecun1989":
-        recorder, split = Recorder(), (x.numpy(), y.numpy())
-        repro.train(config, 0, {"train": split, "test": split}, recorder)
-        return recorder.rates, [config["lr"]] * passes
-    if model.loss == "goodness":  # held for a part of training, then a line to 0 where all passes are done
-        rates, usual = [], forward_forward.lr_schedule
-        with patch.object(forward_forward, "lr_schedule", lambda *a: rates.append(usual(*a)) or rates[-1]):
-            model.train(x, y, passes=passes, batch_size=n)
-        hold = config["lr_hold"]
-        return rates, [min(1, (1 - k / passes) / (1 - hold)) for k in range(passes)]
-    before = model.make(0)  # Adam's first step moves a weight by the rate, whatever its gradient
-    after = model.train(x, y, seed=0, passes=1)
-    moved = max(float((after[name] - before[name]).detach().abs().max()) for name in before)
-    return [moved] + [model.lr(number, passes) for number in range(2, passes + 1)], [config["lr"]] * passes
-
-
-def lr_decay(model, data):
-    """A schedule that was written for another number of passes ends too early, or never ends."""
-    worst, ends = 0.0, {}
-    for passes in (1, 2, 7, 60):
-        used, plan = rates_used(model, data, passes)
-        worst = max(
-            [worst if len(used) == passes else math.inf, *(abs(a / b - 1) for a, b in zip(used, plan))]
-        )
-        ends[str(passes)] = [float(used[0]), float(used[-1])]
-    first, last = ends["60"]
-    return Result(
-        "the learning rate decays to its end",
-        "in every one of 1, 2, 7 or 60 passes, the loop's rate is that of the config's plan, within 0.1%",
-        f"of 60 passes, {first:.3g} in the first and {last:.3g} in the last; largest deviation {worst:.1g}",
-        worst < 1e-3,
-        {"first_and_last": ends, "largest_deviation": worst},
     )
 
 

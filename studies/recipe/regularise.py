@@ -19,6 +19,7 @@ from studies.recipe.model import Result, activations, skip
 from studies.recipe.trained import (
     NO_WIDTHS,
     USUAL_WIDTH,
+    alone,
     compare,
     error,
     interval,
@@ -27,7 +28,6 @@ from studies.recipe.trained import (
     overfitted,
     short,
     split,
-    train_watched,
     widths,
 )
 
@@ -63,13 +63,6 @@ def smaller_batch(model, data):
     pair = last_errors(networks(model, data)), errors
     expected = "a report: as many passes in batches of four times the size"
     return compare(check, expected, f"batches of {usual}", f"of {4 * usual}", pair, report=True)
-
-
-def alone(model, data, check, expected, name, report=False, **change):
-    """The network without regularisers but one, against that without any."""
-    trained = train_watched(model, data, range(5), short(model), regularise=False, **change)
-    errors = [last_errors(each) for each in (trained, overfitted(model, data))]
-    return compare(check, expected, name, "without", errors, report)
 
 
 def dropout(model, data):
@@ -167,8 +160,9 @@ def plot_filters(model, data):
 
 def dead_units(model, data):
     """A unit that gives the same answer to every example can learn hardly anything more."""
+    network = networks(model, data)[0][0]
     with torch.no_grad():
-        layers = activations(model, networks(model, data)[0][0], split(data)[0][0][:1000])
+        layers = activations(model, network, split(data)[0][0][:1000])
     if model.loss == "mse":
         layers = layers[:-1]  # the outputs
     if model.loss == "goodness":

@@ -2,9 +2,10 @@
 
 What would refute the article, written down before the runs: of two searches with 16 trials each, the random
 one is better in at most half of the pairs. Of MNIST-1D's MLP, the learning rate matters, and weight decay
-hardly does in this range. A grid over the two has 4 rates. A first run with seeds 0 to 3 and only 1,000 validation
-examples gave 56% (45 to 59), which says nothing. So now 10,000 fresh signals measure what was found, and a
-second grid has 2 rates, as it has to when a third number is searched: the seed, which cannot matter.
+hardly does in this range. A grid over the two has 4 rates. A first run with seeds 0 to 3 and only 1,000
+validation examples gave 56% (45 to 59), which says nothing. So now 10,000 fresh signals measure what was
+found, and a second grid has 2 rates, as it has to when a third number is searched: the seed, which does not
+matter.
 """
 
 import numpy as np
