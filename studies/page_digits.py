@@ -1,0 +1,119 @@
+"""The digits of the page: a drawing becomes 16x16 pixels as in 1989, and hands to train and test with.
+
+`normalise` is what page/normalise.js does in the browser, written a second time; a test holds the two against
+each other. The paper cut a digit of about 40x60 pixels out of its envelope and fitted it into 16x16 pixels by
+a linear transformation that keeps its proportions. The digits that are now known as USPS were also set
+upright, so that is done here, too.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from datasets import strokes
+
+SIDE = 112  # pixels of the page's drawing board, and of a digit of MNIST enlarged four times
+FINE = 4  # points that are averaged for a pixel of the 16x16, in each direction
+STEEPEST = 1.0  # slant that is still undone: 45 degrees
+
+
+def normalise(ink):
+    """Digits (n, 16, 16) from -1 to 1 of `ink` (n, height, width) from 0 to 1: upright, fitted, centred."""
+    n, height, width = ink.shape
+    y = torch.arange(height, dtype=torch.float64)[:, None]
+    x = torch.arange(width, dtype=torch.float64)
+    ink = ink.double()
+    mass = ink.sum(dim=(1, 2)).clamp(min=1e-9)
+    middle_y, middle_x = (ink * y).sum(dim=(1, 2)) / mass, (ink * x).sum(dim=(1, 2)) / mass
+    dy, dx = y - middle_y[:, None, None], x - middle_x[:, None, None]
+    slant = (ink * dy * dx).sum(dim=(1, 2)) / (ink * dy * dy).sum(dim=(1, 2)).clamp(min=1e-9)
+    slant = slant.clamp(-STEEPEST, STEEPEST)[:, None, None]
+
+    # The envelope of the upright digit: the least and greatest u = x - slant * dy, and y, where there is ink.
+    inked = ink >= 0.5
+    upright = x - slant * dy
+    low_u = upright.masked_fill(~inked, torch.inf).amin(dim=(1, 2)) - 0.5
+    high_u = upright.masked_fill(~inked, -torch.inf).amax(dim=(1, 2)) + 0.5
+    rows = y.expand(n, height, width)
+    low_y = rows.masked_fill(~inked, torch.inf).amin(dim=(1, 2)) - 0.5
+    high_y = rows.masked_fill(~inked, -torch.inf).amax(dim=(1, 2)) + 0.5
+    step = torch.maximum(high_u - low_u, high_y - low_y) / (16 * FINE)  # between two points, in pixels
+
+    places = torch.arange(16 * FINE, dtype=torch.float64) - (16 * FINE - 1) / 2
+    read_y = ((low_y + high_y)[:, None] / 2 + step[:, None] * places)[:, :, None]
+    read_u = ((low_u + high_u)[:, None] / 2 + step[:, None] * places)[:, None, :]
+    read_x = read_u + slant * (read_y - middle_y[:, None, None])
+    where = torch.stack(
+        torch.broadcast_tensors(2 * read_x / (width - 1) - 1, 2 * read_y / (height - 1) - 1), -1
+    )
+    where = where.nan_to_num(2, 2, 2).float()  # of a blank sheet, somewhere outside
+    ink = ink[:, None].float()
+    points = F.grid_sample(ink, where, mode="bilinear", padding_mode="zeros", align_corners=True)
+    return 2 * F.avg_pool2d(points, FINE)[:, 0] - 1
+
+
+def bitmaps(images):
+    """Sheets (n, SIDE, SIDE) of 0 and 1 from whole MNIST digits (n, 28, 28), uint8: enlarged, then divided."""
+    grey = F.interpolate(images[:, None].float() / 255, (SIDE, SIDE), mode="bilinear", align_corners=False)
+    return (grey[:, 0] >= 0.5).float()
+
+
+def other_hands(images, generator):
+    """Sheets as of `bitmaps`, each digit turned, stretched, slanted and written with another pen."""
+    n = len(images)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, generator=generator)
+
+    turn, slant, wide = uniform(-0.2, 0.2), uniform(-0.2, 0.2), uniform(-0.25, 0.25).exp()
+    affine = torch.zeros(n, 2, 3)
+    affine[:, 0, 0], affine[:, 0, 1] = turn.cos() / wide, turn.sin() + slant
+    affine[:, 1, 0], affine[:, 1, 1] = -turn.sin(), turn.cos()
+    affine[:, :, :2] *= uniform(0.95, 1.1)[:, None, None]
+    # A smooth field of a few waves bends the digit.
+    field = F.interpolate(0.08 * torch.randn(n, 2, 4, 4, generator=generator), (SIDE, SIDE), mode="bicubic")
+    where = F.affine_grid(affine, (n, 1, SIDE, SIDE), align_corners=False) + field.permute(0, 2, 3, 1)
+    grey = F.grid_sample(images[:, None].float() / 255, where, mode="bilinear", align_corners=False)
+    inked = (grey >= 0.5).float()
+    broader = torch.randint(-1, 4, (n,), generator=generator)  # by so many pixels of SIDE, on every side
+    for pixels in (1, 2, 3):
+        own = broader == pixels
+        inked[own] = F.max_pool2d(inked[own], 2 * pixels + 1, 1, pixels)
+    own = broader == -1
+    thinner = 1 - F.max_pool2d(1 - inked[own], 3, 1, 1)
+    inked[own] = torch.where(thinner.sum(dim=(1, 2, 3), keepdim=True) > 60, thinner, inked[own])
+    return inked[:, 0]
+
+
+def in_parts(function, images, *more, size=100):
+    """`function(part, *more)` of all images, a few hundred at a time."""
+    return torch.cat([function(part, *more) for part in images.split(size)])
+
+
+def drawings(n, seed):
+    """What `n` people with a mouse would draw: lists of lines of points (x, y) on the board, and labels.
+
+    The digits of datasets/strokes.py, which the page's networks were not trained on, with another pen: their
+    slant, size, width, turn and place are drawn anew, and from wider ranges.
+    """
+    rng, drawn = np.random.default_rng((seed, 20)), []
+    labels = rng.integers(0, 10, n)
+    for digit in labels:
+        lines = strokes.TEMPLATES[digit][rng.integers(len(strokes.TEMPLATES[digit]))]
+        waves, phases = rng.normal(0, 0.6, (2, 4)), rng.random(4)
+        bend = rng.normal(0, 0.03, (4, 2))
+        height, stretch = rng.uniform(0.3, 0.8) * SIDE, rng.uniform(0.65, 1.1)
+        slant, turn = rng.normal(0, 0.25), rng.normal(0, 0.12)
+        affine = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+        affine = height * np.array([[stretch, 0], [slant, 1]]) @ affine
+        bent = []
+        for line in lines:
+            points = strokes._curve(line, 12) - 0.5
+            bent.append((points + np.sin(2 * np.pi * (points @ waves + phases)) @ bend) @ affine)
+        every = np.concatenate(bent)
+        low, high = every.min(axis=0), every.max(axis=0)
+        room = np.maximum(SIDE - 8 - (high - low), 0)
+        place = 4 + rng.random(2) * room - low
+        pen = rng.uniform(3, 9)  # pixels across; the page's own is 7
+        drawn.append({"pen": pen, "lines": [(line + place).round(2).tolist() for line in bent]})
+    return drawn, labels
