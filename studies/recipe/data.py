@@ -62,7 +62,7 @@ def balance(model, data):
     """A rare class is learned late, and the most frequent one sets the floor of the error."""
     counts = {split: y.bincount(minlength=10) for split, (_, y) in splits(data).items()}
     share = {split: own / own.sum() for split, own in counts.items()}
-    ratio = float(counts["train"].max() / counts["train"].min())
+    ratio = float(counts["train"].max() / counts["train"].min().clamp(min=0.1))  # 0 counts as 0.1
     apart = float((share["train"] - share["test"]).abs().sum() / 2)
     entropy = float(-torch.special.xlogy(share["train"], share["train"]).sum())
     measured = f"{ratio:.2f} times; {100 * apart:.1f}%; entropy of the labels {entropy:.4f}"
@@ -149,8 +149,21 @@ def resolution(model, data):
     )
 
 
+def decided_without_test(model, data):
+    """Who stops training, or chooses a network, by its test error has no test error left to report."""
+    check = "the test split decides nothing"
+    if model is None or model.run is None:
+        return Result(check, "-", "does not apply: nothing is trained with a test split at hand", None, {})
+    few = data._replace(train_x=data.train_x[:300], train_y=data.train_y[:300], test_x=data.test_x[:200])
+    labels = data.test_y[:200], *torch.from_numpy(np.random.default_rng(0).integers(0, 10, (3, 200)))
+    one, *others = (model.run(few._replace(test_y=y), 0, 8)[0] for y in labels)
+    same = sum(all(torch.equal(one[name], other[name]) for name in one) for other in others)
+    expected = "three times, random test labels give the same network, byte for byte"
+    return Result(check, expected, f"{same} of 3 are the same", same == 3, {"same": same})
+
+
 CHECKS = (
     duplicates, near_duplicates, genuine, writers, balance, values, outliers, borders,
-    labels_agree, label_flips, known_label_errors, resolution,
+    labels_agree, label_flips, known_label_errors, resolution, decided_without_test,
 )  # fmt: skip
 FAST = tuple(check for check in CHECKS if check is not known_label_errors)
