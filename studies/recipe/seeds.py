@@ -49,7 +49,7 @@ def fresh_processes(model, data):
     given = f"{model.name!r}, {name!r}, {draw!r}"
     code = f"from studies.recipe.seeds import fingerprint; print(fingerprint({given}))"
     found = []
-    for seed in "12":
+    for seed in "13":  # with which {"train", "test"} comes in another order
         environment = os.environ | {"PYTHONHASHSEED": seed}
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, cwd=utils.ROOT, env=environment, capture_output=True, text=True)
