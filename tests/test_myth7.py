@@ -166,7 +166,7 @@ def test_the_attack_is_the_plain_one(kind, method):
     images, labels = digits(p, kind, 3)
     found, flips = study.attack(p, images, labels, kind, method, 3, config)
     expected = [plain_attack(p, *own, kind, method, 3, config) for own in zip(images, labels)]
-    assert flips.tolist() == [own for _, own in expected]
+    assert flips.tolist() == [own for _, own in expected] and flips[0] > 0
     torch.testing.assert_close(found, torch.stack([own for own, _ in expected]), rtol=0, atol=1e-12)
     assert (found != images).flatten(1).any(dim=1).any()
 
@@ -196,6 +196,59 @@ def test_what_attack_and_control_keep(kind):
 
 
 # A run, the page and the program
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_records_of_a_network(kind, monkeypatch):
+    """Layers become random one after the other; shares of ink, flips and confidence, computed anew."""
+    config = study.CONFIGS[kind] | SMALL | {"digits": 5}
+    p, (images, labels) = network(kind, torch.float32), strokes.draw_digits(200, 5)
+    monkeypatch.setattr(study, "train_network", lambda *_: (p, {"split": "test"}))
+    splits = {"test": (repro.add_border(images), labels)}
+    records = study.train(config, 9, lambda n: None, kind, splits, "auto")
+    activate, smooth = study.activations_of(kind, config)
+    answers = study.logits_of(p, torch.tensor(images[:, None]), activate).argmax(dim=1).numpy()
+    right = np.flatnonzero(answers == labels)[:5]
+    images, labels = torch.tensor(images[right, None]), torch.tensor(labels[right])
+    assert len(right) == 5 and 0 <= records[0]["twin_agrees"] <= 1
+    fresh = (
+        modern.init_parameters(9 + 10**6, config)
+        if kind == "relu"
+        else repro.init_parameters(9 + 10**6, config)
+    )
+    for method in study.METHODS:
+        own = [r for r in records if r.get("method") == method]
+        maps = study.saliency(p, images, labels, activate, method, config)
+        top = maps.topk(26).indices
+        for number, names in enumerate(
+            (("out",), ("out", "H3"), ("out", "H3", "H2"), ("out", "H3", "H2", "H1"))
+        ):
+            mixed = {n: getattr(fresh if n[:-1] in names else p, n) for n in p._fields}
+            mixed = repro.Parameters(**{name: torch.as_tensor(array) for name, array in mixed.items()})
+            other = study.saliency(mixed, images, labels, activate, method, config)
+            expected = study.overlap_of(other, top).mean().item()
+            assert own[number]["randomised_to"] == names[-1]
+            assert own[number]["overlap"] == pytest.approx(expected, abs=1e-6) and expected < 0.9
+        random, attacked = own[4:]
+        assert (random["steps"], attacked["steps"], attacked["epsilon"]) == ("random", "attack", 8)
+        best, flips = study.attack(p, images, labels, kind, method, 8, config)
+        after = study.saliency(p, best, labels, activate, method, config)
+        assert attacked["flips"] == flips.sum() and attacked["steps_taken"] == 20 and attacked["digits"] == 5
+        assert attacked["digits_flipped"] == (flips > 0).sum()
+        own_top = [set(each.topk(26).indices.tolist()) for each in maps]
+        new_top = [set(each.topk(26).indices.tolist()) for each in after]
+        share = np.mean([len(a & b) / 26 for a, b in zip(own_top, new_top)])
+        assert attacked["overlap"] == pytest.approx(share, abs=1e-6)
+        ink = [set(np.flatnonzero(image > 0)) for image in images.flatten(1).numpy()]
+        for key, sets in (("ink_before", own_top), ("ink_after", new_top)):
+            assert attacked[key] == pytest.approx(
+                np.mean([len(a & b) / 26 for a, b in zip(sets, ink)]), abs=1e-6
+            )
+        assert attacked["ink"] == pytest.approx(np.mean([len(own) / 256 for own in ink]), abs=1e-6)
+        for value, each in zip(attacked["confidence"], (images, best)):
+            logits = study.logits_of(p, each, activate)
+            assert value == pytest.approx(logits.softmax(1)[range(5), labels].mean().item(), abs=1e-6)
 
 
 @pytest.mark.quick
