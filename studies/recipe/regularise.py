@@ -15,7 +15,7 @@ from records import figures
 from records.run import read_run
 from records.tables import mean_sd
 from studies.recipe import augment
-from studies.recipe.model import Result, activations, skip
+from studies.recipe.model import Result, activations, make_models, skip
 from studies.recipe.trained import (
     NO_WIDTHS,
     USUAL_WIDTH,
@@ -150,12 +150,18 @@ def first_layer(model, data):
     )
 
 
-def plot_filters(model, data):
-    """Filters of the first layer before and after training, seed 0, at most twelve of them."""
-    both = [filters_of(model, own, data)[:12] for own in (model.make(0), networks(model, data)[0][0])]
-    images = torch.cat([each / each.abs().amax(dim=(1, 2), keepdim=True) for each in both]).numpy()
-    captions = [f"{when} {k + 1}" for when in ("new", "trained") for k in range(12)]
-    return figures.gallery(images, captions, f"{model.name}: weights of the first layer", columns=12)
+def plot_filters():
+    """H1's twelve kernels before training and after a whole run of modern.py, seed 0."""
+    model = make_models()["modern"]()
+    data = model.load()
+    networks = model.make(0), model.train(data.train_x, data.train_y, 0)
+    both = torch.cat([filters_of(model, network, data) for network in networks])
+    images = (both / both.abs().amax(dim=(1, 2), keepdim=True)).numpy()
+    captions = [f"{when}{k + 1}" for when in ("new ", "") for k in range(12)]
+    title = (
+        "the kernels of H1 in modern.py: new, and the same ones trained; white is the lowest weight of each"
+    )
+    return figures.gallery(images, captions, title, columns=12)
 
 
 def dead_units(model, data):

@@ -46,7 +46,7 @@ SEEDS_ALONE = range(10, 15)  # seeds 0 to 4 were used to see how many passes it 
 
 
 def long(model):
-    """Twice as many passes for modern: after 20, it does not overfit enough to tell what regularisers gain."""
+    """Twice as many passes for modern, which after 20 does not overfit enough for regularisers to show."""
     return short(model) * (2 if model.name == "modern" else 1)
 
 
