@@ -5,9 +5,9 @@
     python -m studies.recipe all             # all of them
 
 Each check prints what was expected, where the threshold comes from, what was measured, and why the habit
-matters. The exit status is 1 if one fails. What would refute a habit is what its check expects: thresholds are
-written in the checks, before the runs that the page shows. Reports and habits that do not apply neither pass
-nor fail.
+matters. The exit status is 1 if one fails. What would refute a habit is what its check expects: thresholds
+are written in the checks, before the runs that the page shows. Reports and habits that do not apply neither
+pass nor fail.
 
 Records go to results/recipe/<model>.jsonl, one for each check. `python -m studies.recipe.page` draws the
 page's pictures and writes its tables.
