@@ -230,16 +230,15 @@ def main(argv=None):
     args = common.parse(parser, argv)
     common.refuse(parser, args, "device", "engine")
     torch.set_num_threads(1)
-    seeds = args.seeds
+    seeds, first = args.seeds, make_config("fixup", 10) | (SMOKE if args.smoke else {})
+    splits, sha256 = load_data(first, args.data_root)  # the same for all configs
+    do = functools.partial(train, splits=splits)
+    work = functools.partial(steps_of, n=len(splits["train"][1]))
     for layers, group in itertools.groupby(CONFIGS, lambda name: CONFIGS[name]["layers"]):
         small = SMOKE | {"layers": min(layers, 14)} if args.smoke else {}
         configs = {name: CONFIGS[name] | small for name in group}
-        splits, sha256 = load_data(next(iter(configs.values())), args.data_root)
         args.seeds = min(seeds, DEEP_SEEDS) if layers > 1_000 else seeds
-        common.run_configs(
-            args, "myth5_fixup", configs, functools.partial(train, splits=splits), sha256,
-            functools.partial(steps_of, n=len(splits["train"][1])), together=True, engine="torch",
-        )  # fmt: skip
+        common.run_configs(args, "myth5_fixup", configs, do, sha256, work, together=True, engine="torch")
     found = read_runs(args.out)
     figures.save(myth5_page.plot(found), args.out / "myth5_fixup.png")
     common.show(args, PAGE, tables(args.out))
