@@ -13,7 +13,7 @@ CHOOSING_SEEDS = 100, 101  # no reported network begins with these initial weigh
 def make_optimizer(parameters, config):
     """AdamW for the parameters (replicas, ...) by name. It works elementwise, so one serves all replicas."""
     return torch.optim.AdamW(
-        parameters.values(), config["lr"], weight_decay=config["weight_decay"], foreach=True
+        parameters.values(), config["lr"], weight_decay=config["weight_decay"], fused=True
     )
 
 
