@@ -2,7 +2,7 @@
 
 Comparisons are paired over seeds, on the validation quarter of the training examples (trained.py). What would
 refute the article, written down before the runs, each by a 95% interval over seeds:
-- a network that is not better with four times the data (more data), with shifts (augmentation), or with data
+- a network that is not better with eight times the data (more data), with shifts (augmentation), or with data
   that are generated anew for each pass (creative augmentation);
 - pretraining that does not help with 100 labels, or that hurts with any number of them.
 Without an interval: a mean error that is lower without labels than with them (supervised first). A smaller
@@ -41,9 +41,9 @@ SEEDS, RESULTS = range(3), utils.ROOT / "results"
 def more_data(model, data):
     """Real data are the one regulariser that almost always works, so their worth is measured first."""
     (x, y), held = split(data)
-    few, passes = len(y) // 4, 4 * short(model)
+    few, passes = len(y) // 8, 8 * short(model)
     errors = [error(model, model.train(x[:few], y[:few], seed, passes), *held) for seed in SEEDS]
-    expected = "with four times the data and as many updates, the error is lower (95% interval over seeds)"
+    expected = "with eight times the data and as many updates, the error is lower (95% interval over seeds)"
     words = f"{len(y):,} examples", f"{few:,} examples"
     found = compare("get more data", expected, *words, (last_errors(networks(model, data)), errors))
     change = {"lecun1989": 0, "modern": 4}.get(model.name)
