@@ -121,9 +121,12 @@ def last_bias(model, data):
     written = mean_loss(model, network, x, y) / constant
     network[model.last[0]] = network[model.last[0]] * 0
     ratio = mean_loss(model, network, x, y) / constant
-    measured = f"{ratio:.3f}; with the last weights as they begin {written:.2f}"
+    network[model.last[1]] = network[model.last[1]] * 0
+    zero = mean_loss(model, network, x, y) / constant
+    measured = f"{ratio:.3f} (a bias of 0: {zero:.2f}); with the last weights as they begin {written:.2f}"
     expected = "loss without the last weights at most 1.05 of the best constant's"
-    return result(check, expected, measured, ratio < 1.05, ratio=ratio, as_written=written, constant=constant)
+    facts = {"ratio": ratio, "as_written": written, "bias_of_0": zero, "constant": constant}
+    return result(check, expected, measured, ratio < 1.05, **facts)
 
 
 def human_baseline(model, data):
