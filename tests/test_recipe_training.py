@@ -160,6 +160,7 @@ def test_replicas_with_rates_of_their_own_are_trained_as_torch_does(optimizer):
 
 def test_the_linear_baseline_is_near_the_optimum_of_logistic_regression():
     x, y = blobs(2000, noise=1.0)
+    x[:, 0] = 2.0 * (y == 3) + 0.1 * x[:, 0] + 5  # an offset, which takes a bias
     answers = overfit.train_linear(x, y)(x)
     weights = torch.zeros(9, 10, dtype=torch.float64, requires_grad=True)
     inputs = F.pad(x, (0, 1), value=1.0).double()
@@ -282,9 +283,14 @@ def test_dead_units_are_counted_by_layer():
 @pytest.mark.quick
 def test_early_stopping_chooses_by_one_half_and_reports_the_other(monkeypatch):
     curve = [[3.0, 30.0, 5.0, 50.0], [1.0, 10.0, 4.0, 40.0], [2.0, 20.0, 3.0, 35.0]]
-    monkeypatch.setattr(regularise, "overfitted", lambda model, data: [(None, curve)] * 5)
+    for module in (regularise, trained):
+        monkeypatch.setattr(module, "overfitted", lambda model, data: [(None, curve)] * 5)
     result = regularise.early_stopping(None, None)
     assert result.facts["passes"] == [2] * 5 and result.facts["stopped_and_last"][0] == (4.0, 3.0, 40.0, 35.0)
+    assert trained.overfits(None, None)
+    curve.append([0.5, 5.0, 2.0, 20.0])
+    assert not trained.overfits(None, None)
+    curve.pop()
     assert result.passed is False
 
 

@@ -87,6 +87,18 @@ def overfitted(model, data):
     return train_watched(model, data, SEEDS_ALONE, long(model), regularise=False)
 
 
+def stops(model, data):
+    """The pass with the lowest loss on the first half of the validation split, for each seed, from 1."""
+    curves = [curve for _, curve in overfitted(model, data)]
+    return [1 + min(range(len(curve)), key=lambda k: curve[k][0]) for curve in curves]
+
+
+def overfits(model, data):
+    """Whether the validation loss of most seeds rises before the end: else there is nothing to regularise."""
+    ends = [len(curve) for _, curve in overfitted(model, data)]
+    return sum(stop < end for stop, end in zip(stops(model, data), ends)) > len(ends) / 2
+
+
 def last_errors(trained):
     return [(curve[-1][1] + curve[-1][3]) / 2 for _, curve in trained]
 
@@ -112,7 +124,7 @@ def alone(model, data, check, expected, name, report=False, **change):
     """The network without regularisers but one, against that without any."""
     trained = train_watched(model, data, SEEDS_ALONE, long(model), regularise=False, **change)
     errors = [last_errors(each) for each in (trained, overfitted(model, data))]
-    return compare(check, expected, name, "without", errors, report)
+    return compare(check, expected, name, "without", errors, report or not overfits(model, data))
 
 
 # Other widths
