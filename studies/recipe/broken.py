@@ -71,7 +71,7 @@ def load(name, data):
     """The model `name` on the digits `data`, and these: 1,500 digits and two passes, or little more."""
     model = make_models(data=data)[name]()
     given, facts = model.load(), {}
-    if given.train_x.shape[1] > 40 or given.train_x.dim() > 2:  # MNIST-1D is small as it is
+    if data != "usps" and not name.startswith("mnist1d"):  # which are checked by their checksums
         facts = {key: given.facts[key][:n] for key, n in ROWS.items() if key in given.facts}
         train, test = (slice(n) for n in ROWS.values())
         x, y, test_x, test_y = given[:4]

@@ -67,8 +67,12 @@ def balance(model, data):
     entropy = float(-torch.special.xlogy(share["train"], share["train"]).sum())
     measured = f"{ratio:.2f} times; {100 * apart:.1f}%; entropy of the labels {entropy:.4f}"
     facts = {"ratio": ratio, "apart": apart, "entropy": entropy, "counts": counts["train"].tolist()}
-    expected = "largest class below 3 times the smallest; shares of the splits differ by less than 5% in all"
-    return Result("class balance", expected, measured, ratio < 3 and apart < 0.05, facts)
+    # Half the sum of ten deviations, each of which is normal by chance.
+    variance = share["train"] * (1 - share["train"]) * sum(1 / int(own.sum()) for own in counts.values())
+    limit = max(0.05, float((2 * variance / np.pi).sqrt().sum()))
+    expected = "largest class below 3 times the smallest; shares of the splits differ in all by less than "
+    expected += f"{100 * limit:.1f}% (5%, or twice what chance does)"
+    return Result("class balance", expected, measured, ratio < 3 and apart < limit, facts)
 
 
 def values(model, data):

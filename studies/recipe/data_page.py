@@ -13,6 +13,7 @@ import time
 import numpy as np
 import torch
 
+import prepro
 import utils
 from records import figures
 from records import run as runs
@@ -32,6 +33,8 @@ SETS = {  # name -> the model that reads it, and where it is from
     "mnist1d": ("mnist1d-mlp", {}),
     "mnist28": ("forward-forward", {"data": "mnist"}),
 }
+
+RESIZED = "halved", "quartered", "moved by 2"
 
 
 def load(name, data_root=None):
@@ -106,89 +109,105 @@ def suspects(data_root):
     yield "label-errors-usps.png", figures.gallery(pictures(data.train_x[order]).numpy(), captions, title)
 
 
-def check_all(names, data_root, progress):
+def check_all(names, data_root):
     """The records of all checks on the data sets."""
     records = []
     for name in names:
         data = load(name, data_root)
         for check in CHECKS:
-            if name == "mnist28" or check.__name__ != "known_label_errors":
-                records.append({"set": name, **check(None, data)._asdict()})
-            progress(1)
+            records.append({"set": name, **check(None, data)._asdict()})
     return records
 
 
 def table(folder):
     """What was measured of each data set."""
-    records = read_run(folder / "data.jsonl").records[0]
-    names = list(dict.fromkeys(record["set"] for record in records))
-    found = {(record["check"], record["set"]): record for record in records}
-    rows = []
-    for check in dict.fromkeys(record["check"] for record in records):
+    found = {}
+    for record in read_run(folder / "data.jsonl").records[0]:
+        found.setdefault(record["set"], {})[record["check"]] = record
+    passed = {True: "yes", False: "NO", None: "-"}
+
+    def row(check, show):
+        """What `show` makes of a check's facts, for each set to which it applies; a failed one is marked."""
         cells = []
-        for name in names:
-            record = found.get((check, name))
-            skipped = record is None or record["measured"].startswith("does not apply")
-            mark = {True: "", False: " (fails)", None: ""}[record and record["passed"]]
-            cells.append("-" if skipped else record["measured"] + mark)
-        rows.append((check, *cells))
-    return markdown_table(("check", *names), rows, left=len(names) + 1)
+        for own in found.values():
+            facts, outcome = own[check]["facts"], own[check]["passed"]
+            shown = facts and not own[check]["measured"].startswith("does not apply")
+            cells.append((show(facts) if shown else passed[outcome]) + " (fails)" * (outcome is False))
+        return cells
+
+    def percent(*names):
+        return lambda facts: " / ".join(f"{100 * facts[name]:.1f}%" for name in names)
+
+    def least(facts):
+        return "{within:.2f} / {across:.2f}".format(**facts)
+
+    def farthest(facts):
+        name = max(facts["apart"], key=lambda name: abs(facts["apart"][name]))
+        return f"{name} {facts['apart'][name]:+.2f}"
+
+    def digits(*names):
+        return lambda facts: " / ".join(str(facts[name]) if name in facts else "-" for name in names)
+
+    rows = (
+        ("copies: both splits / train / test", "duplicates", digits("across", "train", "test")),
+        ("least distance in train / of test", "near-duplicates", least),
+        ("not as in the files / twice", "where the data are from", digits("wrong", "twice")),
+        ("students: train / test", "students and employees", percent("train", "test")),
+        ("largest class / smallest", "class balance", lambda f: f"{f['ratio']:.2f}"),
+        ("entropy of the labels", "class balance", lambda f: f"{f['entropy']:.4f}"),
+        ("values", "value ranges", lambda f: "{:.3g} to {:.3g}, {:.3f} ± {:.3f}".format(*f["train"])),
+        ("splits differ most in (sd)", "outliers along any axis", farthest),
+        ("ink on the border / dark ink", "ink on the border", percent("train", "dark")),
+        ("neighbours of the same label: train / test", "labels of neighbours", percent("train", "test")),
+        ("halved / quartered / moved by 2", "how small, and where", percent(*RESIZED)),
+        ("labels made wrong that are found", "wrong labels are found", percent("recall")),
+        ("15 known wrong labels: in top 100 / 500", "the known wrong labels", digits("top100", "top500")),
+    )  # fmt: skip
+    return markdown_table(("", *found), [(label, *row(check, show)) for label, check, show in rows], left=1)
 
 
 def tables(folder):
     return {"data sets": table(folder)}
 
 
+def draw_sorted(args):
+    """Draw the examples with the lowest values along an axis: the figure."""
+    data = load(args.set, args.data_root)
+    axes = [*features(data.train_x[:2]), "confidence"]
+    if args.sort not in axes:
+        raise utils.BadRequest(f"--sort {args.sort}: the axes of {args.set} are {', '.join(axes)}")
+    values, some = axis_of(data, args.sort)
+    order = values.argsort(stable=True)
+    if args.digit is not None:
+        order = order[data.train_y[some[order]] == args.digit]
+    order = order[: args.top]
+    captions = [f"{data.train_y[some[k]]}: {values[k]:.2f}" for k in order]
+    images, title = pictures(data.train_x[some[order]]), f"{args.set}: lowest {args.sort} first"
+    return figures.gallery(images.numpy(), captions, title, low=float(images.min()), high=float(images.max()))
+
+
 @utils.exit_status
 def main(argv=None):
     parser = utils.Parser("recipe.data_page", __doc__)
     flag = parser.add_argument
-    flag(
-        "--set", default="mnist", choices=tuple(SETS), help="with --sort, of which data set (default: mnist)"
-    )
     flag("--sort", metavar="AXIS", help="draw examples sorted along this axis, and do nothing else")
-    flag("--class", dest="digit", type=utils.number(int, 0, 9), help="with --sort, of this class alone")
-    flag("--top", default=45, type=utils.number(int, 1, 1000), help="with --sort, how many (default: 45)")
-    flag(
-        "--data-root",
-        metavar="DIR",
-        type=utils.folder,
-        help="where downloads are (default: $DROSOPHILA_DATA, else data/)",
-    )
-    flag(
-        "--out",
-        metavar="DIR",
-        default=PAGE.parent,
-        type=utils.folder,
-        help="folder of results (default: results/recipe)",
-    )
+    flag("--set", default="mnist", choices=tuple(SETS), help="of which data set (default: mnist)")
+    flag("--class", dest="digit", type=utils.number(int, 0, 9), help="of this class alone")
+    flag("--top", default=45, type=utils.number(int, 1, 1000), help="how many (default: 45)")
+    flag("--data-root", metavar="DIR", type=utils.folder, help=prepro.DATA_ROOT_HELP)
+    text = "folder of results (default: results/recipe)"
+    flag("--out", metavar="DIR", default=PAGE.parent, type=utils.folder, help=text)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.sort:
-        data = load(args.set, args.data_root)
-        axes = [*features(data.train_x[:2]), "confidence"]
-        if args.sort not in axes:
-            raise utils.BadRequest(f"--sort {args.sort}: the axes of {args.set} are {', '.join(axes)}")
-        values, some = axis_of(data, args.sort)
-        order = values.argsort(stable=True)
-        if args.digit is not None:
-            order = order[data.train_y[some[order]] == args.digit]
-        order = order[: args.top]
-        captions = [f"{data.train_y[some[k]]}: {values[k]:.2f}" for k in order]
-        images = pictures(data.train_x[some[order]])
-        title, (low, high) = (
-            f"{args.set}: lowest {args.sort} first",
-            (float(images.min()), float(images.max())),
-        )
-        figure = figures.gallery(images.numpy(), captions, title, low=low, high=high)
         path = args.out / f"sorted-{args.set}-{args.sort}.png".replace(" ", "-")
-        figures.save(figure, path)
+        figures.save(draw_sorted(args), path)
         print(path)
         return
     config = {"model": "data", "sets": list(SETS)}
     with runs.open_run(args.out / "data.jsonl", "recipe", config, "") as run:
         started = time.perf_counter()
-        run.add({0: check_all(SETS, args.data_root, lambda n: None)}, time.perf_counter() - started)
+        run.add({0: check_all(SETS, args.data_root)}, time.perf_counter() - started)
     for name in ("mnist", "usps", "mnist1d"):
         figures.save(sheet(name, load(name, args.data_root)), args.out / f"data-sheet-{name}.png")
     for name, figure in suspects(args.data_root):

@@ -78,11 +78,13 @@ def train_cnn(x, y, seed=0, passes=4):
 
 def rank_test_labels(data_root=None, train_size=60_000):
     """MNIST's test digits, those first whose label a CNN doubts most; its answers, and the labels."""
-    (x, y), (test_x, test_y) = (
-        (torch.tensor((images / np.float32(255) - 0.1307) / np.float32(0.3081)), torch.tensor(labels).long())
-        for images, labels in read_idx(data_root).values()
-    )
-    found = train_cnn(x[:train_size, None], y[:train_size])(test_x[:, None])
+    whole, parts = read_idx(data_root), []
+    for split, size in ("train", train_size), ("test", 10_000):
+        images, digits = (array[:size] for array in whole[split])
+        parts += [torch.tensor((images / np.float32(255) - 0.1307) / np.float32(0.3081))[:, None]]
+        parts += [torch.tensor(digits).long()]
+    x, y, test_x, test_y = parts
+    found = train_cnn(x, y)(test_x)
     return found.gather(1, test_y[:, None])[:, 0].argsort(), found.argmax(1), test_y
 
 

@@ -84,13 +84,8 @@ def plot(records):
                 [y - 0.5, y - 0.5, y + 0.5, y + 0.5, y - 0.5],
                 "k",
             )
-    axis.set_xticks(
-        range(len(columns)),
-        [c.replace("_", " ") for c in columns],
-        rotation=60,
-        ha="left",
-        rotation_mode="anchor",
-    )
+    names = [name.replace("_", " ") for name in columns]
+    axis.set_xticks(range(len(names)), names, rotation=60, ha="left", rotation_mode="anchor")
     axis.xaxis.tick_top()
     axis.set_yticks(range(len(rows)), rows)
     axis.tick_params(length=0, labelsize="small")
@@ -107,27 +102,28 @@ def table(folder):
         own = {r["check"]: r["outcome"] for r in records if r["fault"] == name}
         if own:
             others = [check for check, outcome in own.items() if outcome == "red" and check != fault.check]
-            rows.append(
-                (name, fault.what, fault.source, fault.model, fault.check, own[fault.check], len(others))
-            )
-    head = (
-        "fault",
-        "what is wrong",
-        "seen in",
-        "script's model",
-        "check named for it",
-        "is",
-        "others that are red",
-    )
+            cells = name, fault.what, fault.source, fault.model, f"`{fault.check}`", own[fault.check]
+            rows.append((*cells, len(others)))
+    head = "fault", "what is wrong", "seen in", "model", "check named for it", "it is", "others that are red"
     return markdown_table(head, rows, left=6)
 
 
 def silent(folder):
-    """The checks that no fault turns red, and why."""
-    records = read_run(folder / "faults.jsonl").records[0]
-    fired = {record["check"] for record in records if record["outcome"] == "red"}
-    every = dict.fromkeys(record["check"] for record in records)
-    return [check for check in every if check not in fired]
+    """The checks that no fault turns red."""
+    outcomes = {}
+    for record in read_run(folder / "faults.jsonl").records[0]:
+        outcomes.setdefault(record["check"], []).append(record["outcome"])
+    rows = []
+    for check, own in outcomes.items():
+        if "red" not in own:
+            applied = len(own) - own.count("none")
+            why = f"green in all of {applied}" if applied else "a report, or left out of the matrix"
+            rows.append((f"`{check}`", why if "error" not in own else f"{why} or an error"))
+    return markdown_table(("check that no fault turns red", "outcome"), rows, left=2)
+
+
+def tables(folder):
+    return {"faults": table(folder), "silent": silent(folder)}
 
 
 @utils.exit_status
@@ -152,17 +148,15 @@ def main(argv=None):
         red = [record["check"] for record in own if record["outcome"] == "red"]
         wrong = red if name == SOUND else [] if FAULTS[name].check in red else [FAULTS[name].check]
         missed += wrong
-        print(
-            f"{name} ({model}, {on}): {', '.join(red) or 'all green'}" + "  <- WRONG" * bool(wrong),
-            flush=True,
-        )
+        said = ", ".join(red) or "all green"
+        print(f"{name} ({model}, {on}): {said}{'  <- WRONG' * bool(wrong)}", flush=True)
     if not args.named:
         with runs.open_run(args.out / "faults.jsonl", "recipe", {"model": "faults"}, "") as run:
             run.add({0: records}, time.perf_counter() - started)
         figures.save(plot(records), args.out / "faults.png")
-        print(table(args.out))
+        print(*tables(args.out).values(), sep="\n\n")
         if args.out == PAGE.parent:
-            write_tables(PAGE, {"faults": table(args.out)})
+            write_tables(PAGE, tables(args.out))
     if missed:
         raise utils.RunFailed(f"{len(missed)} outcomes are not as they should be")
 
