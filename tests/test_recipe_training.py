@@ -342,8 +342,14 @@ def each(model, data):
 
 def test_an_ensemble_of_equal_networks_gains_nothing():
     data = large_data()
-    sound = squeeze.ensemble(small_model(), data)
+    sound = squeeze.ensemble(sound_model := small_model(), data)
     assert sound.passed and sound.facts["by_size"] == sorted(sound.facts["by_size"], reverse=True)
+    held_x, held_y = trained.split(data)[1]
+    outputs = [
+        torch.softmax(small_model().forward(n, held_x), dim=1) for n, _ in trained.networks(sound_model, data)
+    ]
+    misses = (sum(outputs).argmax(dim=1) != held_y).sum()
+    assert sound.facts["by_size"][-1] == pytest.approx(100 * int(misses) / len(held_y))
     equal = small_model(
         train=lambda x, y, seed=0, *given, **more: small_model().train(x, y, 0, *given, **more)
     )

@@ -25,6 +25,7 @@ from studies.recipe.trained import (
     interval,
     last_errors,
     networks,
+    overfits,
     overfitted,
     short,
     split,
@@ -93,11 +94,11 @@ def early_stopping(model, data):
     loss, last_loss, errors, last_error = map(statistics.fmean, zip(*found))
     return Result(
         "early stopping",
-        "the pass with the lowest loss on half of the validation split has at most the last pass's loss on "
-        "the other half (means of seeds, without regularisers)",
+        "if a network overfits, the pass with the lowest loss on half of the validation split has at most the "
+        "last pass's loss on the other half (means of seeds, without regularisers)",
         f"pass {', '.join(map(str, passes))} of {len(curve)}: loss {loss:.3g}, at the end {last_loss:.3g}; "
         f"error {errors:.2f}%, at the end {last_error:.2f}%",
-        loss <= last_loss,
+        loss <= last_loss if overfits(model, data) else None,
         {"passes": passes, "stopped_and_last": found},
     )
 
