@@ -94,7 +94,7 @@ def early_stopping(model, data):
     loss, last_loss, errors, last_error = map(statistics.fmean, zip(*found))
     return Result(
         "early stopping",
-        "of a network that overfits, the pass with the lowest loss on half of the validation split has at most "
+        "where a network overfits, the pass with the lowest loss on half of the validation split has at most "
         "the last pass's loss on the other half (means of seeds, without regularisers)",
         f"pass {', '.join(map(str, passes))} of {len(curve)}: loss {loss:.3g}, at the end {last_loss:.3g}; "
         f"error {errors:.2f}%, at the end {last_error:.2f}%",
