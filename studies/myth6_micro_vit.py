@@ -19,7 +19,7 @@ its 95% interval.
 5. "It lacks training": refuted if four times the passes close less than half of the gap.
 
 Each network has its learning rate and dropout chosen on 1,000 of the training digits with two other seeds and
-the same number of candidates. All are trained for 80 passes over digits that are moved by up to a pixel anew
+the same number of candidates. All are trained for 40 passes over digits that are moved by up to a pixel anew
 each time. The rates that were chosen on MNIST are used for USPS, too.
 """
 
@@ -44,7 +44,7 @@ from studies import myth6_page as page
 PAGE = utils.ROOT / "results" / "myth6_micro_vit" / "README.md"
 CHOSEN = {name: {"lr": 1e-3, "dropout": 0.0} for name in ("convnet", *micro_vit.NETWORKS)}
 KEYS = "lr", "dropout"  # what is chosen
-PASSES, DIGITS = 80, prepro.TRAIN_SIZE
+PASSES, DIGITS = 40, prepro.TRAIN_SIZE
 SMOKE = {"data": "strokes", "train_size": DIGITS, "smoke_digits": 200, "passes": 1, "lr_farther": 0}
 
 
@@ -72,7 +72,7 @@ CHOICES = {f"choose-{network}": choice(network) for network in CHOSEN}
 FEWER = "convnet", "patch4", "stem"
 CONFIGS = {f"mnist-{network}": make_config(network) for network in CHOSEN}  # in the order of their training
 CONFIGS |= {f"usps-{network}": make_config(network, "usps") for network in FEWER}
-CONFIGS |= {f"mnist-{network}-50000": make_config(network, train_size=50_000, passes=12) for network in FEWER}
+CONFIGS |= {f"mnist-{network}-50000": make_config(network, train_size=50_000, passes=6) for network in FEWER}
 CONFIGS |= {f"mnist-{network}-long": make_config(network, passes=4 * PASSES) for network in FEWER[:2]}
 
 

@@ -274,10 +274,10 @@ def test_equal_budgets():
     choices = myth6_micro_vit.CHOICES.values()
     assert {
         (len(c["lr"]), c["lr_farther"], *c["dropout"], c["passes"], c["validation_size"]) for c in choices
-    } == {(2, 1, 0.0, 0.25, 20, 1_000)}
+    } == {(2, 1, 0.0, 0.25, 10, 1_000)}
     for name, config in myth6_micro_vit.CONFIGS.items():
         presentations = config["passes"] * config["train_size"] * (1 if not name.endswith("long") else 0.25)
-        assert presentations == pytest.approx(80 * 7_291, rel=0.03)
+        assert presentations == pytest.approx(40 * 7_291, rel=0.03)
         chosen = myth6_micro_vit.CHOSEN[config["network"]]
         assert {key: config[key] for key in chosen} == chosen
 
