@@ -69,13 +69,17 @@ FAULTS = {
         "near_duplicates", lambda d: {"test_x": torch.cat([near(d.train_x, 0.7)[:30], d.test_x[30:]])}),
     "a frequent class": (
         "balance", lambda d: {"train_y": torch.where(torch.arange(1200) % 3 > 0, 4, d.train_y)}),
+    "a frequent class in both splits": ("balance", lambda d: {
+        f"{split}_y": torch.where(torch.arange(len(y)) % 3 > 0, 4, y)
+        for split, (_, y) in examples.splits(d).items()}),
     "a class that is absent": ("balance", lambda d: {"train_y": d.train_y.clamp(max=8)}),
     "other shares": ("balance", lambda d: {"test_y": torch.where(torch.arange(2007) % 9 == 0, 1, d.test_y)}),
     "not a number": ("values", lambda d: {"train_x": d.train_x.index_fill(0, torch.tensor([5]), torch.nan)}),
     "a constant image": ("values", lambda d: {"test_x": d.test_x.index_fill(0, torch.tensor([5]), 0.5)}),
-    "another scale": ("values", lambda d: {"test_x": d.test_x * 0.9}),
+    "another scale": ("values", lambda d: {"test_x": 0.9 * d.test_x + 0.1 * d.test_x.mean()}),
     "another offset": ("values", lambda d: {"test_x": d.test_x + 0.1}),
     "bytes": ("values", lambda d: {name: 127.5 * getattr(d, name) + 127.5 for name in ("train_x", "test_x")}),
+    "moved to the left": ("outliers", lambda d: {"test_x": d.test_x.roll(-1, dims=3)}),
     "moved": ("outliers", lambda d: {"test_x": d.test_x.roll(1, dims=3)}),
     "bolder": ("outliers", lambda d: {"test_x": F.max_pool2d(d.test_x, 3, 1, 1)}),
     "cut off": ("borders", lambda d: {"test_x": F.pad(d.test_x[:, :, 3:-3, 3:-3], (3, 3, 3, 3), value=-1)}),

@@ -151,11 +151,11 @@ def table(folder):
     rows = (
         ("copies: both splits / train / test", "duplicates", digits("across", "train", "test")),
         ("least distance in train / of test", "near-duplicates", least),
-        ("not as in the files / twice", "where the data are from", digits("wrong", "twice")),
+        ("as in the original files", "where the data are from", lambda f: passed[not any(f.values())]),
         ("students: train / test", "students and employees", percent("train", "test")),
         ("largest class / smallest", "class balance", lambda f: f"{f['ratio']:.2f}"),
         ("entropy of the labels", "class balance", lambda f: f"{f['entropy']:.4f}"),
-        ("values", "value ranges", lambda f: "{:.3g} to {:.3g}, {:.3f} ± {:.3f}".format(*f["train"])),
+        ("values", "value ranges", lambda f: "{:.3g} to {:.3g}, {:.2g} ± {:.2g}".format(*f["train"])),
         ("splits differ most in (sd)", "outliers along any axis", farthest),
         ("ink on the border / dark ink", "ink on the border", percent("train", "dark")),
         ("neighbours of the same label: train / test", "labels of neighbours", percent("train", "test")),
