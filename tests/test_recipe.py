@@ -53,9 +53,10 @@ def wrong_sign(train, x, y, seed=0, *args, **more):
     return {name: (2 * start[name] - end[name]).detach().requires_grad_() for name in end}
 
 
-def never_settles(train, x, y, seed, passes, lr_scale, watch):
+def never_settles(train, x, y, seed, passes, lr_scale, watch, make):
+    """After each pass, the network is another one that has not learned anything."""
     for number in range(passes):
-        train(x, y, number, 1, watch=watch)
+        watch(number + 1, make(number))
 
 
 def records_of(model, data, change):
@@ -91,7 +92,7 @@ FAULTS = {
     "learns_from_each": lambda m: broken(m, train=lambda own, x, y, *a, **k: own(x[:-3], y[:-3], *a, **k)),
     "as_reported": lambda m: records_of(m, None, lambda record: {"misses": record["misses"] - 1}),
     "consistent": lambda m: records_of(m, None, lambda record: {"loss": 1e-5 + record["misses"] * 1e-9}),
-    "prediction_dynamics": lambda m: broken(m, train=never_settles),
+    "prediction_dynamics": lambda m: broken(m, train=functools.partial(never_settles, make=m.make)),
 }
 CHECKS = {
     check.__name__: check
