@@ -53,7 +53,7 @@ def normalise(ink):
 
 
 def bitmaps(images):
-    """Sheets (n, SIDE, SIDE) of 0 and 1 from whole MNIST digits (n, 28, 28), uint8: enlarged, then divided."""
+    """Sheets (n, SIDE, SIDE) of 0 and 1 from whole digits of MNIST (n, 28, 28), uint8: enlarged, divided."""
     grey = F.interpolate(images[:, None].float() / 255, (SIDE, SIDE), mode="bilinear", align_corners=False)
     return (grey[:, 0] >= 0.5).float()
 
