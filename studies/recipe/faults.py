@@ -1,7 +1,7 @@
 """Faults that are put into the scripts, to see whether a check of the Recipe bites: matrix.py does it.
 
 A fault is an edit of a script, as somebody would make it by mistake, and names the check that must turn red.
-The first fourteen are those of the article, and bugs that were found in well-known code.
+The first fourteen are mistakes that the article names, or that were found in code that people use.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,7 @@ FAULTS = {
         (("replicas.train_pass(images[part], ",
           "replicas.train_pass(np.random.default_rng(number).permutation(images[part]), "),)),
     "one shift for all": Fault(
-        "A thousand digits are moved in the same way", "found", "modern", "before_the_network", "modern",
+        "A thousand digits are moved in the same way", OURS, "modern", "before_the_network", "modern",
         (("    y, x = (places - down[",
           "    down, right = (own[..., :1].expand_as(own) for own in (down, right))\n"
           "    y, x = (places - down["),)),
@@ -54,11 +54,11 @@ FAULTS = {
         (("    x = activate(torch.addmm(H3b", "    x = F.batch_norm(x, None, None, training=True)\n"
           "    x = activate(torch.addmm(H3b"),)),
     "label left in": Fault(
-        "Test images keep the right label", "an early Forward-Forward", "forward-forward", "train_like_test",
+        "Test images keep the right label", OURS, "forward-forward", "train_like_test",
         "forward_forward", (("    return {split: (normalise(x), y) for",
           '    return {split: (write_label(normalise(x), y, 8.0 * (split == "test")), y) for'),)),
     "leaking layer": Fault(
-        "A layer changes the one below it", ARTICLE, "forward-forward", "layers_are_local", "forward_forward",
+        "A layer changes the one below it", OURS, "forward-forward", "layers_are_local", "forward_forward",
         (("        step_layer(layer, own, n, rate, config, network.engine, threads)\n",
           "        step_layer(layer, own, n, rate, config, network.engine, threads)\n"
           "        if number:\n"
@@ -70,10 +70,10 @@ FAULTS = {
         "Splits are drawn in the order of a Python set", FOUND, "lecun1989", "fresh_processes", "prepro",
         (('("test", "train") if draw == "test-first" else ("train", "test")', '{"train", "test"}'),), MNIST),
     "every other row": Fault(
-        "MNIST is thinned out by [::2]: students remain", "found", "lecun1989", "writers", "prepro",
+        "MNIST is thinned out by [::2]: students remain", "a pilot of ours", "lecun1989", "writers", "prepro",
         (("generator.permutation(len(labels))[:", "np.arange(len(labels))[::2][:"),), MNIST),
     "stopped by the test set": Fault(
-        "Training ends where test misses rise", "found", "modern", "decided_without_test", "modern",
+        "Training ends where test misses rise", "Recht et al. 2018", "modern", "decided_without_test", "modern",
         (("misses, len(answers)))\n", "misses, len(answers)))\n"
           '        counts = [r["misses"] for r in records[seeds[0]] if r["split"] == "test"]\n'
           "        if len(counts) > 1 and counts[-1] > counts[-2]:\n"
@@ -167,7 +167,7 @@ FAULTS = {
         "The reported loss is a sum over digits", OURS, "modern", "as_reported", "modern",
         (("(len(labels)), labels]).mean())", "(len(labels)), labels]).sum())"),)),
     "wrapping around": Fault(
-        "Digits that fill their frame wrap around", "found", "modern", "before_the_network", "modern",
+        "Digits that fill their frame wrap around", FOUND, "modern", "before_the_network", "modern",
         (('data == "usps":', 'data == "none":'),), "usps"),
 }
 # fmt: on

@@ -58,7 +58,8 @@ def run_fault(name, model, on, checks=CHECKS):
             else:
                 outcome, measured = judge(check, *given)
             record = {"fault": name, "model": model, "check": check.__name__}
-            records.append(record | {"outcome": outcome, "measured": measured})
+            told = {"measured": measured} if outcome in ("red", "error") else {}
+            records.append(record | {"outcome": outcome} | told)
     return records
 
 
