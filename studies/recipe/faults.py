@@ -1,7 +1,7 @@
 """Faults that are put into the scripts, to see whether a check of the Recipe bites: matrix.py does it.
 
 A fault is an edit of a script, as somebody would make it by mistake, and names the check that must turn red.
-The first fourteen are mistakes that the article names, or that were found in code that people use.
+Those that are not ours are named in the article, or were found in code that people use.
 """
 
 from typing import NamedTuple
@@ -73,7 +73,8 @@ FAULTS = {
         "MNIST is thinned out by [::2]: students remain", "a pilot of ours", "lecun1989", "writers", "prepro",
         (("generator.permutation(len(labels))[:", "np.arange(len(labels))[::2][:"),), MNIST),
     "stopped by the test set": Fault(
-        "Training ends where test misses rise", "Recht et al. 2018", "modern", "decided_without_test", "modern",
+        "Training ends when test misses rise", "Recht et al. 2018", "modern", "decided_without_test",
+        "modern",
         (("misses, len(answers)))\n", "misses, len(answers)))\n"
           '        counts = [r["misses"] for r in records[seeds[0]] if r["split"] == "test"]\n'
           "        if len(counts) > 1 and counts[-1] > counts[-2]:\n"
