@@ -111,6 +111,27 @@ def test_a_fault_turns_its_check_red(name, sound):
     assert bad.passed is False, bad
 
 
+def test_faults_that_show_in_one_number_only(sound):
+    """An answer that depends a little on another row, a count that is one short, a tensor that is left."""
+    model, data = sound
+    leaking = broken(model, forward=lambda own, w, x: own(w, x) + 1e-8 * x[0].mean())
+    assert not dependencies.rows(leaking, data).passed
+
+    def truncated(own, network, x, y):
+        loss, misses = own(network, x, y)
+        return loss, misses - (len(y) > 1000)
+
+    assert not skeleton.whole_test_set(broken(model, evaluate=truncated), data).passed
+    model = make_models()["mnist1d-mlp"]()
+    data = model.load()
+    assert against.training_again(model, data).passed
+
+    def stands_still(own, x, y, seed=0, *args, **more):
+        return own(x, y, seed, *args, **more) | {"hidden2_bias": model.make(seed)["hidden2_bias"]}
+
+    assert not against.training_again(broken(model, train=stands_still), data).passed
+
+
 def test_other_scaling_of_test_examples_is_noticed(sound):
     _, data = sound
     check = dependencies.train_like_test
@@ -183,6 +204,8 @@ def test_mnist1d_passes_against_plain_code_and_a_wrong_gate_does_not():
     swapped = broken(model, forward=lambda own, w, x: own(w, x.flip(1)))
     assert not against.outputs_again(swapped, data).passed
     assert not dependencies.time_steps(swapped, data).passed
+    ahead = broken(model, forward=lambda own, w, x: own(w, x + 1e-3 * x.roll(-1, 1)))
+    assert not dependencies.time_steps(ahead, data).passed
     assert make_models().keys() == EXPECTED.keys() == set(command.SLOWEST_FIRST)
 
 
@@ -196,6 +219,17 @@ def test_digits_of_1989_pass_on_procedural_digits_too(monkeypatch):
         assert check(model, data).passed, check(model, data)
     one_move = broken(model, see=lambda own, x, seed: torch.stack([plain.moved(i, 1, 0, True) for i in x]))
     assert not dependencies.before_the_network(one_move, data).passed
+    one_move = broken(
+        model, see=lambda own, x, seed: torch.stack([plain.moved(i, 0, seed - 4, True) for i in x])
+    )
+    assert not dependencies.before_the_network(one_move, data).passed
+
+    def one_pixel(own, x, seed):
+        shown = own(x, seed).clone()
+        shown[7, 0, 9, 9] += 0.01
+        return shown
+
+    assert not dependencies.before_the_network(broken(model, see=one_pixel), data).passed
     far = broken(model, see=lambda own, x, seed: own(x, seed).roll(3, 3))
     assert not dependencies.before_the_network(far, data).passed
     seen = []
