@@ -74,7 +74,7 @@ def make_config(kind, train_size=4_000, **changes):
         **CHOSEN[kind],
         "warmup": 0.05,  # of the updates; then the rate falls to 0 as a half of a cosine does
         "weight_decay": 0.01,
-        "updates": 3_000,
+        "updates": 5_000,
     }
     # All networks are as large as the one with attention, up to half of a hidden unit in each block.
     spare = mnist1d.count(shapes(config | {"mixer": "attention", "embedding_width": 1}))
@@ -110,7 +110,7 @@ CHOICES = {
     f"choose-{kind}": make_config(
         kind,
         validation_size=800,
-        updates=1_000,
+        updates=2_500,
         lr=[3e-3, 1e-2],
         lr_farther=1,
         choosing_seeds=myth6.CHOOSING_SEEDS,
@@ -120,7 +120,7 @@ CHOICES = {
 CONFIGS = {f"{kind}-4000": make_config(kind) for kind in KINDS}  # in the order of their training
 CONFIGS |= {f"{kind}-shuffled": make_config(kind, order_seed=42) for kind in SHUFFLED}
 CONFIGS |= {f"{kind}-{n}": make_config(kind, n) for n in (16_000, 500) for kind in AT_ALL_SIZES}
-CONFIGS |= {f"{kind}-4000-long": make_config(kind, updates=12_000) for kind in ("attention", "dynamic")}
+CONFIGS |= {f"{kind}-4000-long": make_config(kind, updates=20_000) for kind in ("attention", "dynamic")}
 CONFIGS |= {"attention-4000-decay": make_config("attention", weight_decay=1.0)}
 
 
