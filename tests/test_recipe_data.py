@@ -199,15 +199,19 @@ def test_usps_and_mnist1d_are_known_by_their_checksums(usps_root):
     for name, where in ("lecun1989", {"data": "usps"}), ("mnist1d-mlp", {}):
         data = make_models(**where)[name]().load()
         assert origin.genuine(None, data).passed
-        changed = data.train_x.clone()
-        changed[0, ..., 5] += 1e-3
-        assert origin.genuine(None, few(data, train_x=changed)).passed is False
+        for field in "train_x", "test_x":
+            changed = getattr(data, field).clone()
+            changed[0, ..., 5] += 1e-3
+            assert origin.genuine(None, few(data, **{field: changed})).passed is False
+        assert origin.genuine(None, few(data, test_y=data.test_y.flip(0))).passed is False
 
 
 @pytest.mark.quick
 def test_the_checksum_of_mnist1d_is_that_of_the_generator():
-    made = mnist1d_gen.make_dataset()["x"].astype("<f4")
-    assert origin.hashlib.sha256(made.tobytes()).hexdigest() == origin.MNIST1D_SHA256
+    made = mnist1d_gen.make_dataset()
+    for split, end in ("train", ""), ("test", "_test"):
+        content = made[f"x{end}"].astype("<f4").tobytes() + made[f"y{end}"].astype("<i8").tobytes()
+        assert origin.hashlib.sha256(content).hexdigest() == origin.MNIST1D_SHA256[split]
 
 
 def test_the_known_wrong_labels_are_doubted(mnist_root):
