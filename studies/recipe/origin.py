@@ -16,8 +16,6 @@ MNIST1D_SHA256 = {
     "train": "c8c9620bc674ad9c92b660d587aed10bc8c04f250bc509ee8367f1d85b7fa536",
     "test": "9ae88dc1b0a618748cf5c06c588bc097f5a63f6121293575dd91e840501efd5f",
 }
-    "d53506bddd12d3b72c7153b1ae7f34807724b1dd078a7273809bf9d0792319f6"  # x, float32, as published
-)
 
 
 def read_idx(data_root=None):
