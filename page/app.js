@@ -436,6 +436,7 @@ function repaint() {
   readPalette();
   offerExamples();
   update();
+  explorer.mark();
   drawRejection();
   showErrors();
   showKernels(networks.own?.H1w ?? new Float32Array(300));
@@ -451,4 +452,3 @@ measureBoard();
 repaint();
 Object.assign(drawing, { strokes: examples[5], isExample: true });
 update();
-explorer.point("H2", 16 * 5 + 5); // so that a first look finds lines and a sum

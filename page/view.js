@@ -112,7 +112,8 @@ class Explorer {
   // Build the layers: "convolutional", or "ff" for Forward-Forward.
   build(kind) {
     if (this.kind === kind) return;
-    Object.assign(this, { kind, kept: false, at: null, canvases: {}, kernels: [], units: [], groups: {} });
+    const first = kind === "ff" ? ["ff1", 44] : ["H2", 16 * 5 + 5]; // so that a first look finds lines and a sum
+    Object.assign(this, { kind, kept: false, at: first, found: null, canvases: {}, kernels: [], units: [], groups: {} });
     const names = kind === "ff" ? ["label", "ff1", "ff2", "good"] : ["input", "H1", "H2", "H3", "out"];
     this.lines = makeSvg("svg", { class: "lines", "aria-hidden": "true" });
     this.panelOf = null;
@@ -237,7 +238,7 @@ class Explorer {
         : `10 units, one for each digit. The green marks are the targets: +${net.target} for the right digit and −${net.target} for the others.`;
     }
     // Lines move only where they show products.
-    if (this.at && ["H3", "out"].includes(this.at[0])) this.mark();
+    if (!this.lines.firstChild || (this.at && ["H3", "out"].includes(this.at[0]))) this.mark();
     this.describe();
   }
 

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -107,24 +108,23 @@ def read_bitmaps(browser, bitmaps):
     return found[:, :3].astype(int), found[:, 3:]
 
 
-def train_in_page(browser, engine="wasm", seed=1989):
+def train_in_page(browser, engine="wasm", seed=1989, limit=1200):
     """Train in the page as a visitor does: seconds, seconds of the processor, presentations and misses."""
-    before = processor_seconds(browser)
-    report = browser.execute_async_script(
-        """const done = arguments[2];
-           $("engine").value = arguments[0];
-           $("seed").value = arguments[1];
-           $("start").click();
-           const wait = setInterval(() => {
-             if (!trained.report?.done || worker) return;
-             clearInterval(wait);
-             const { records, seconds, presentations } = trained.report;
-             trained.report.done = false;
-             done({ seconds, presentations, train: records.train.misses, test: records.test.misses });
-           }, 50);""",
-        engine,
-        seed,
+    before, report = processor_seconds(browser), None
+    browser.execute_script(
+        "$('engine').value = arguments[0]; $('seed').value = arguments[1]; $('start').click()", engine, seed
     )
+    started = time.monotonic()
+    while not report:
+        if time.monotonic() - started > limit:
+            raise TimeoutError(f"the page has not trained within {limit} seconds")
+        time.sleep(0.1)
+        report = browser.execute_script(
+            """if (!trained.report?.done || worker) return null;
+               const { records, seconds, presentations } = trained.report;
+               trained.report.done = false;
+               return { seconds, presentations, train: records.train.misses, test: records.test.misses }"""
+        )
     return report | {"processor_seconds": round(processor_seconds(browser) - before, 2)}
 
 
