@@ -298,7 +298,7 @@ function drawRejection() {
   const { ours, mean, low, high } = parts.rejection, here = acceptedAt(Number($("threshold").value));
   chart($("rejection-chart"), {
     xMost: 30, yMost: 6, xTitle: "digits refused, in percent", yTitle: "errors among the rest, in percent", xTicks: [0, 5, 10, 15, 20, 25, 30], yTicks: [0, 1, 2, 3, 4, 5, 6],
-    lines: [["band", [...high.map((y, x) => [x, y]), ...low.map((y, x) => [x, y]).reverse()]], ["others", mean.map((y, x) => [x, y])], ["ours", ours.map(([, x, y]) => [x, y])]],
+    lines: [["band", [...high.map((y, x) => [x, y]), ...low.map((y, x) => [x, y]).reverse()]], ["others", mean.map((y, x) => [x, y])], ["ours", ours.filter(([, x]) => x <= 30).map(([, x, y]) => [x, y])]],
     dots: [["paper-point", [0, parts.paper.error]], ["paper-point", [parts.paper.rejected, 1]], ["here", [here[1], here[2]]]],
     legend: [["ours", "this network"], ["others", "mean of 100 networks"], ["here", "your threshold"], ["paper-point", "the paper of 1989"]],
   });

@@ -602,20 +602,22 @@ def test_wasm_is_the_kernel(parts):
 # How it looks
 
 
-@pytest.mark.parametrize("width", [360, 1024, 1920])
-def test_nothing_overflows(browser, width, tmp_path):
-    page_browser.resize(browser, width, 900, mobile=width < 500)
-    page_browser.open_page(browser, HTML)
-    for name in ("old", "ff"):
-        browser.execute_script("document.querySelector(`input[value=${arguments[0]}]`).click()", name)
-        wide, beyond = browser.execute_script(
-            """const wide = document.documentElement.clientWidth, within = "svg, .scroll, [hidden], #file";
-               const shown = [...document.querySelectorAll("main *")].filter((own) => !own.closest(within));
-               const beyond = shown.filter((own) => own.getBoundingClientRect().right > wide + 1);
-               const { scrollWidth } = document.documentElement;
-               return [scrollWidth, beyond.map((own) => own.outerHTML.slice(0, 80))]"""
-        )
-        assert wide <= width and beyond == []
+@pytest.mark.parametrize("widths", [(360, 700), (1024, 990, 1125), (1920, 1280)])
+def test_nothing_overflows(browser, widths, tmp_path):
+    for width in widths:
+        page_browser.resize(browser, width, 900, mobile=width < 500)
+        page_browser.open_page(browser, HTML)
+        for name in ("old", "ff"):
+            browser.execute_script("document.querySelector(`input[value=${arguments[0]}]`).click()", name)
+            wide, beyond = browser.execute_script(
+                """const right = (own) => own.getBoundingClientRect().right;
+                   const shown = [...document.querySelectorAll("section *")];
+                   const free = shown.filter((own) => !own.closest("svg, .scroll, [hidden], #file"));
+                   const beyond = free.filter((own) => right(own) > right(own.closest("section")) + 1);
+                   const { scrollWidth } = document.documentElement;
+                   return [scrollWidth, beyond.map((own) => own.outerHTML.slice(0, 80))]"""
+            )
+            assert wide <= width and beyond == [], width
     page_browser.picture(browser, tmp_path / "shot.png")
     assert (tmp_path / "shot.png").stat().st_size > 20_000
 
