@@ -71,8 +71,8 @@ def connections(config):
 
 
 def sizes(config):
-    """How many parameters and connections a network has; config["network"] may be "convnet", too."""
-    if config["network"] == "convnet":
+    """How many parameters and connections a network has; config["network"] may be one of 1989's, too."""
+    if config["network"] not in NETWORKS:
         row = utils.reference("lecun1989")["sizes"]
         return row["parameters"], row["connections"]
     return mnist1d.count(shapes(config)), connections(config)

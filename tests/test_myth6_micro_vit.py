@@ -243,13 +243,13 @@ def test_training_is_the_plain_loop(network, monkeypatch):
     assert [r["loss"] for r in alone] == pytest.approx([r["loss"] for r in found[6]], rel=1e-5)
 
 
-def test_the_convolutional_network_is_that_of_modern(monkeypatch):
+@pytest.mark.parametrize(("network", "final_lr"), [("convnet", 3e-4), ("annealed", 9e-6)])
+def test_the_convolutional_network_is_that_of_modern(network, final_lr):
     splits = digits()
-    config = config_of("convnet", passes=2, lr=9e-4, dropout=0.0, batch_size=1)
+    config = config_of(network, passes=2, lr=9e-4, dropout=0.0, batch_size=1)
     pick_engine = functools.partial(modern.pick_engine, "torch", "cpu")
     found = myth6_micro_vit.train(config, [7], lambda n: None, splits, pick_engine)
-    theirs = modern.make_config(4, "strokes", passes=2, lr=9e-4, shift="pad", dropout=0.0)
-    assert theirs["final_lr"] == pytest.approx(3e-4)
+    theirs = modern.make_config(4, "strokes", passes=2, lr=9e-4, shift="pad", dropout=0.0, final_lr=final_lr)
     expected, _ = modern.train(theirs, [7], splits, pick_engine(theirs), every_pass=False)
     for ours, other in zip(found[7], expected[7], strict=True):
         assert ours == pytest.approx(other)
