@@ -45,6 +45,8 @@ def test_students_and_employees_alternate():
     writers = qmnist.find_writers(real_root("qmnist"))
     assert {split: len(own) for split, own in writers.items()} == {"train": 60000, "test": 10000}
     assert len(set(writers["train"])) == 539 and not set(writers["train"]) & set(writers["test"])
+    left_out = qmnist.load(real_root("qmnist"))["test"][10_000:, qmnist.SERIES]
+    assert [(left_out == series).sum() for series in (0, 1, 4)] == [13_450, 11_956, 24_594]
 
 
 def test_idx_labels_are_read_as_they_were_written():
