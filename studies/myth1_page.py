@@ -51,7 +51,7 @@ def gradient(f, x):
 
 def compiled(f, x, expected):
     """func.hessian by torch.compile, or None where this machine cannot compile it."""
-    fast = torch.compile(torch.func.hessian(f))
+    fast = torch.compile(torch.func.hessian(f), dynamic=False)
     try:
         found = fast(x)
     except Exception as error:  # of a dozen types: there may be no compiler, or a new version of Python
