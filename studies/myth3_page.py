@@ -252,10 +252,12 @@ def plot(found):
         xscale="log", xticks=ks, xlabel="configs to choose from", ylabel="points that the best looks too good"
     )
     right.set(title=f"mean ± sd, n = {len(searches)} searches")
+    middle.set_xticks([3, 4, 6, 10])
+    middle.set_yticks([3, 4, 6, 10])
     for axis in (middle.xaxis, middle.yaxis, right.xaxis):
         axis.set_major_formatter("{x:g}")
-    right.xaxis.set_minor_formatter("")
+        axis.set_minor_formatter("")
     for axis in (left, middle, right):
         axis.grid(True)
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper left")
     return figure
