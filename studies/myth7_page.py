@@ -101,7 +101,6 @@ def randomised_table(found):
 def plot(found):
     """Overlap against epsilon, attacked and at random, a panel for each kind of map."""
     figure, axes = figures.subplots(1, 2, figsize=(10, 3.8), sharey=True)
-    chance = 100 * found["tanh"].config["top"] / 256
     for axis, (method, map_name) in zip(axes, METHODS.items()):
         for number, (kind, name) in enumerate(NETWORKS.items()):
             epsilons = found[kind].config["epsilons"]
@@ -111,15 +110,17 @@ def plot(found):
                 ]
                 style = {"linestyle": line, "color": f"C{number}", "marker": "o", "markersize": 4}
                 figures.band(axis, epsilons, 100 * np.array(own).T, f"{name}, {steps}", **style)
-        axis.axhline(chance, color="0.5", linestyle=":", linewidth=1)
-        axis.text(epsilons[-1], chance + 1.5, "chance", ha="right", color="0.4", fontsize="small")
+        floors = [values(run, "overlap", method=method, randomised_to="H1") for run in found.values()]
+        floor = 100 * np.mean(floors)
+        axis.axhline(floor, color="0.5", linestyle=":", linewidth=1)
+        label = "with the map of a random network"
+        axis.text(epsilons[0], floor - 1.5, label, va="top", color="0.4", fontsize="small")
         axis.set(xlabel="largest change of a pixel (grey levels of 255)", title=map_name, ylim=(0, 103))
         axis.set_xticks(epsilons)
         axis.grid(True)
     axes[0].set(ylabel="top pixels that stay in the top tenth (%)")
-    axes[0].legend(
-        fontsize="small", title=f"mean ± sd, {len(found['tanh'].records)} networks", loc="lower left"
-    )
+    style = {"fontsize": "small", "loc": "lower left", "handlelength": 4}
+    axes[1].legend(title=f"mean ± sd, {len(floors[0])} networks", **style)
     return figure
 
 
