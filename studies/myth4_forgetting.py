@@ -253,7 +253,7 @@ def main(argv=None):
     args = common.parse(parser, argv)
     common.refuse(parser, args, "device")
     torch.set_num_threads(1)
-    engine = common.pick_engine(args.engine, convnet_sgd.load, "about seven times as long")
+    engine = common.pick_engine(args.engine, convnet_sgd.load, "about eight times as long")
     for name in [args.config] if args.config else CONFIGS:
         train_config(args, name, engine)
     if not args.config:
