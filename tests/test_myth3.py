@@ -282,14 +282,14 @@ def test_our_results_are_the_committed_ones():
 
 @pytest.mark.quick
 def test_published_models_are_those_of_spatial_priors():
-    """The same seeds miss as many of the published test examples there."""
+    """The same seeds miss as many of the published test examples there, but for the GRU's rounding."""
     found = tables.read_runs(study.PAGE.parent)
     for model in study.MODELS:
         committed = tables.read_run(spatial_priors.PAGE.parent / f"{model}-ordered.jsonl").final("test")
         ours = found[f"mnist1d-{model}"].final("test")
-        # On another processor, sums are rounded otherwise, and two or three examples tip over.
-        pairs = [(one["misses"], other["misses"]) for one, other in zip(ours, committed)]
-        assert len(pairs) == 5 and all(abs(one - other) <= 10 for one, other in pairs)
+        differences = [one["misses"] - other["misses"] for one, other in zip(ours, committed)]
+        assert len(differences) == 5
+        assert max(map(abs, differences)) <= (15 if model == "gru" else 0)
 
 
 def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
