@@ -179,16 +179,16 @@ def test_the_tables_of_handmade_times():
 @pytest.mark.quick
 def test_a_compiled_function_that_is_wrong_is_refused(monkeypatch):
     f, closed, x = study.make_problem("logistic", 5, 0, torch.float32, None)
-    monkeypatch.setattr(torch, "compile", lambda function: lambda x: 1.01 * function(x))
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda x: 1.01 * function(x))
     with pytest.raises(utils.RunFailed):
         myth1_page.compiled(f, x, closed(x))
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     torch.testing.assert_close(myth1_page.compiled(f, x, closed(x))(x), closed(x))
 
 
 @pytest.mark.quick
 def test_without_a_compiler(monkeypatch, capsys):
-    def compile(function):
+    def compile(function, dynamic):
         def fails(x):
             raise ValueError("no compiler")
 
