@@ -67,7 +67,7 @@ def test_cropping_takes_away_place_and_size():
 def test_sets_are_what_they_are_called(mnist_root, usps_root):
     """Parts of MNIST by who wrote them, on both sides of its split; no writer is on both sides of a split."""
     root = real_root("qmnist")
-    sets, digest = digit_sets.load_sets(root)
+    sets, _ = digit_sets.load_sets(root)
     labels = qmnist.load(root)
     for name, series in ("employees", qmnist.EMPLOYEES), ("students", qmnist.STUDENTS):
         for split, part, n in ("train", slice(2), 60_000), ("test", slice(2, 4), 10_000):
@@ -83,7 +83,6 @@ def test_sets_are_what_they_are_called(mnist_root, usps_root):
                 sets[name][part][1], labels["train"][:58_100, 0][chosen & (row % 2 == odd)]
             )
     assert [len(sets[name][1]) for name in ("mnist", "usps", "strokes")] == [7291] * 3
-    assert tables.read_runs(study.PAGE.parent)["lenet"].data_sha256 == digest
 
 
 def test_samples_are_balanced_and_do_not_overlap():
@@ -247,7 +246,7 @@ def test_the_committed_runs_are_complete():
 
 
 def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
-    flags = ["--smoke", "--seeds", "2", "--quiet", "--threads", "1", "--out", str(tmp_path / "out")]
+    flags = ["--smoke", "--seeds", "1", "--quiet", "--threads", "1", "--out", str(tmp_path / "out")]
     first = run_study("myth2_name_that_dataset", *flags, DROSOPHILA_DATA=tmp_path / "nothing")
     assert (first.returncode, first.stderr) == (0, "")
     written = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
