@@ -89,13 +89,9 @@ def make_config(loss, n, labels, cells, passes):
     }
 
 
-def thresholds_config(loss, n, passes, beyond=0):
-    """The widths of TENTHS, or those that are `beyond` tenths wider."""
+def thresholds_config(loss, n, passes):
     count = COUNTS["n (K - 1)" if loss == "mse" else "n log2 K"]
-    cells = [
-        make_cell(k, [10 ** ((tenth + beyond) / 10) * count(n, k) for tenth in TENTHS[loss][k]])
-        for k in CLASSES
-    ]
+    cells = [make_cell(k, [10 ** (tenth / 10) * count(n, k) for tenth in TENTHS[loss][k]]) for k in CLASSES]
     return make_config(loss, n, "random", cells, passes)
 
 
@@ -112,8 +108,6 @@ CONFIGS = {
     "figure-2020": make_config("nll", 10_000, "clean", [{"classes": 10, "widths": WIDTHS_2020}], 60),
     # The longest come last.
     **{f"{loss}-4000": thresholds_config(loss, 4000, PASSES[4000]) for loss in ("nll", "mse")},
-    # Added because some thresholds of mse-4000 lie beyond its widths: wider networks, and twice the passes.
-    "mse-4000-long": thresholds_config("mse", 4000, 2 * PASSES[4000], beyond=3),
 }
 
 
@@ -397,23 +391,17 @@ def exponent_table(found):
 def threshold_table(found):
     """P* of every cell: the mean over seeds and its standard deviation."""
 
-    def cell(loss, criterion, n, k, ending=""):
-        if f"{loss}-{n}{ending}" not in found:
-            return ""
-        values = thresholds(found, loss, criterion, n, k, ending)
+    def cell(loss, criterion, n, k):
+        values = thresholds(found, loss, criterion, n, k)
         own = [value for value in values if value is not None]
         missing = f" ({len(values) - len(own)} not found)" if len(own) < len(values) else ""
         return (mean_sd(own, ",.0f") if own else "-") + missing
 
     rows = [
-        (
-            *(LOSSES[loss], CRITERIA[criterion], k, *(cell(loss, criterion, n, k) for n in SIZES)),
-            cell(loss, criterion, 4000, k, "-long"),
-        )
+        (LOSSES[loss], CRITERIA[criterion], k, *(cell(loss, criterion, n, k) for n in SIZES))
         for (loss, criterion), k in itertools.product(READINGS, CLASSES)
     ]
-    head = ["loss", "fits", "K", *(f"n = {n:,}" for n in SIZES), "n = 4,000, passes doubled"]
-    return markdown_table(head, rows, left=2)
+    return markdown_table(["loss", "fits", "K", *(f"n = {n:,}" for n in SIZES)], rows, left=2)
 
 
 def ratio_table(found):
