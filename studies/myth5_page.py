@@ -98,7 +98,7 @@ def long_table(found):
 
 def plot(found):
     """Test accuracy against layers: with the chosen learning rates, and all with that of the paper."""
-    figure, axes = figures.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    figure, axes = figures.subplots(1, 2, figsize=(10, 4.6), sharey=True)
     titles = "learning rate chosen on validation digits", "learning rate 0.1 for all"
     for axis, title, lr_of in zip(axes, titles, (chosen_lr, lambda run: 0.1)):
         for kind, name in KINDS.items():
@@ -115,7 +115,8 @@ def plot(found):
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.grid(True)
     axes[0].set(ylabel="test accuracy after one pass (%)")
-    axes[1].legend(fontsize="small", title="mean and min-max over seeds")
+    style = {"loc": "outside lower center", "ncols": 5, "fontsize": "small"}
+    figure.legend(*axes[0].get_legend_handles_labels(), title="mean and min-max over seeds", **style)
     return figure
 
 
