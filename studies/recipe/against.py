@@ -145,7 +145,8 @@ def as_reported(model, data):
         close = 2e-5 if model.loss != "goodness" else 5e-3 * float(top.abs().mean())  # of bfloat16
         unsure = int((top[:, 0] - top[:, 1] < close).sum())
         fits = abs(last["misses"] - misses) <= unsure and last["n"] == len(y)
-        fits &= abs(last["loss"] / loss - 1) < (2e-2 if model.loss == "goodness" else 1e-4)
+        tolerance = (2e-2 if model.loss == "goodness" else 1e-4) * loss + 1e-6  # of sums in float32
+        fits &= abs(last["loss"] - loss) < tolerance
         fits &= abs(last["error"] - 100 * last["misses"] / last["n"]) < 1e-9
         wrong += [] if fits else [split]
         lines.append(
