@@ -149,39 +149,22 @@ def misses(run, split="test"):
 
 
 def miss_table(found, sizes):
-    """Test misses of each network on each set of digits, beside those of the convolutional network."""
+    """Test misses of each network, and how many more they are than those of convolutional networks."""
     rows = []
     for name, run in found.items():
         data, network, *ending = name.split("-")
-        beside = "-".join([data, "convnet", *(ending if ending != ["long"] else [])])
-        own, convnet = misses(run), misses(found[beside])
-        transformer = misses(found["-".join([data, "patch4", *(ending if ending != ["long"] else [])])])
-        counts = [f"{number:,}" for number in sizes(run.config)]
-        fit = f"{statistics.fmean(record['error'] for record in run.final('train')):.2f}%"
-        against = "-" if name == beside else difference([a - b for a, b in zip(own, convnet)])
-        closed = (
-            "-"
-            if network in ("convnet", "patch4") and ending != ["long"]
-            else share(own, transformer, convnet)
-        )
-        ratio = f"{statistics.fmean(own) / statistics.fmean(convnet):.2f}"
-        digits = f"{run.config['train_size']:,}"
-        cells = [
-            data,
-            digits,
-            run.config["passes"],
-            *counts,
-            len(own),
-            fit,
-            mean_sd(own, ".1f"),
-            against,
-            ratio,
-            closed,
-        ]
+        own, fit = misses(run), statistics.fmean(record["error"] for record in run.final("train"))
+        cells = [data, f"{run.config['train_size']:,}", run.config["passes"]]
+        cells += [f"{number:,}" for number in sizes(run.config)]
+        cells += [len(own), f"{fit:.2f}%", mean_sd(own, ".1f")]
+        for other in ("convnet", "annealed", "published"):
+            beside = found.get("-".join([data, other, *ending]))
+            against = beside and [a - b for a, b in zip(own, misses(beside))]
+            cells.append("-" if network == other or not beside else difference(against))
         rows.append((network, *cells))
     head = "network", "digits", "trained on", "passes", "parameters", "connections", "n", "training error"
     return markdown_table(
-        (*head, "test misses", "minus convnet", "times convnet", "of the gap to patch4"), rows, 2
+        (*head, "test misses", "minus convnet", "minus annealed", "minus published"), rows, 2
     )
 
 

