@@ -52,7 +52,7 @@ CONVNETS = {"convnet": THIRD, "annealed": ("a hundredth of lr", 1 / 100), "publi
 PUBLISHED = {"lr": 3e-4, "dropout": 0.25}  # by Karpathy, and not chosen here
 CHOSEN = {  # by the runs `choose-<name>`, as a test checks
     "convnet": {"lr": 0.001, "dropout": 0.0},
-    "annealed": {"lr": 0.001, "dropout": 0.0},
+    "annealed": {"lr": 0.001, "dropout": 0.25},
     "patch4": {"lr": 0.003, "dropout": 0.0},
     "patch2": {"lr": 0.01, "dropout": 0.0},
     "stem": {"lr": 0.01, "dropout": 0.0},
