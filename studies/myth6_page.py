@@ -168,6 +168,27 @@ def miss_table(found, sizes):
     )
 
 
+def gap_table(found):
+    """How far `patch4` is from the annealed convolutional network, and how much of that the others close."""
+    rows = []
+    for name in ("mnist", "mnist-long", "mnist-50000", "usps"):
+        data, *ending = name.split("-")
+        own = {}
+        for network in ("annealed", "patch4", "stem", "mean"):
+            if run := found.get("-".join([data, network, *ending])):
+                own[network] = misses(run)
+        gap = [a - b for a, b in zip(own["patch4"], own["annealed"])]
+        ratio = statistics.fmean(own["patch4"]) / statistics.fmean(own["annealed"])
+        closed = (
+            share(own[other], own["patch4"], own["annealed"]) if other in own else "-"
+            for other in ("stem", "mean")
+        )
+        rest = [a - b for a, b in zip(own["stem"], own["annealed"])]
+        rows.append((name, len(gap), difference(gap), f"{ratio:.2f}", *closed, difference(rest)))
+    head = "", "n", "patch4 minus annealed", "ratio", "stem closes", "mean closes", "stem minus annealed"
+    return markdown_table(head, rows)
+
+
 def plot_misses(found, networks):
     """The test misses of all seeds on MNIST, beside the published ones of the convolutional network."""
     values = [misses(found[f"mnist-{network}"]) for network in networks]
