@@ -46,16 +46,8 @@ KINDS = *MIXERS, *MIDDLE
 SIZES = 500, 4_000, 16_000
 AT_ALL_SIZES = "conv", "dynamic", "attention", "embedding"
 SHUFFLED = "conv", "dynamic", "attention"
-CHOSEN = {  # by the runs `choose-<name>`, as a test checks
-    "conv": {"lr": 0.003},
-    "depthwise": {"lr": 0.01},
-    "light": {"lr": 0.01},
-    "dynamic": {"lr": 0.03},
-    "attention": {"lr": 0.01},
-    "embedding": {"lr": 0.01},
-    "relative": {"lr": 0.03},
-    "window": {"lr": 0.01},
-}
+RATES = 3e-3, 1e-2, 1e-2, 3e-2, 1e-2, 1e-2, 3e-2, 1e-2
+CHOSEN = {kind: {"lr": lr} for kind, lr in zip(KINDS, RATES)}  # by the runs `choose-<kind>`, as a test checks
 KEYS = ("lr",)  # what is chosen
 SMOKE = {"updates": 2, "batch_size": 8, "test_size": 100, "fresh_size": 100}
 
@@ -188,13 +180,15 @@ def read_all(folder):
 
 
 def tables(folder):
-    """The page's tables by the names of their markers, from the runs in a folder."""
+    """The page's tables by the names of their markers; before all runs are done, only that of the choice."""
+    choices = {"choices": page.choice_table(folder, KINDS, KEYS)}
+    if not all((folder / f"{name}.jsonl").exists() for name in CONFIGS):
+        return choices
     found = read_all(folder)
-    return {
+    return choices | {
         "mixers": page.mixer_table(found, lambda config: mnist1d.count(shapes(config))),
         "sizes": page.size_table(found, AT_ALL_SIZES, SIZES),
         "orders": page.order_table(found, SHUFFLED),
-        "choices": page.choice_table(folder, KINDS, KEYS),
     }
 
 
