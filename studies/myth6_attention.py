@@ -21,7 +21,7 @@ differences have 95% intervals over five seeds.
    when positions are shuffled in one fixed order.
 
 Attention gets two extra chances at 4,000 examples: updates four times as many, and a hundred times the weight
-decay. Dynamic convolution gets the first of them, too.
+decay. Dynamic convolution gets the first of them, too. Most networks are not trained yet.
 """
 
 import argparse
@@ -175,20 +175,17 @@ def choose(config, seeds, progress):
 
 
 def read_all(folder):
-    """The runs of all configs in their order."""
     return {name: read_run(folder / f"{name}.jsonl") for name in CONFIGS}
 
 
 def tables(folder):
-    """The page's tables by the names of their markers; before all runs are done, only that of the choice."""
-    choices = {"choices": page.choice_table(folder, KINDS, KEYS)}
-    if not all((folder / f"{name}.jsonl").exists() for name in CONFIGS):
-        return choices
+    """The page's tables by the names of their markers, from the runs in a folder."""
     found = read_all(folder)
-    return choices | {
+    return {
         "mixers": page.mixer_table(found, lambda config: mnist1d.count(shapes(config))),
         "sizes": page.size_table(found, AT_ALL_SIZES, SIZES),
         "orders": page.order_table(found, SHUFFLED),
+        "choices": page.choice_table(folder, KINDS, KEYS),
     }
 
 
