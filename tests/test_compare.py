@@ -344,7 +344,7 @@ def test_the_table_is_short(tmp_path, capsys):
     assert len(lines) < 40 and max(map(len, lines)) < 170
     (head,) = [n for n, line in enumerate(lines) if line.startswith("no run yet")]
     rest = " ".join(lines[head:])
-    for key in ("fully-connected", "dropout", "supervised-jitter", "lottery", "pooling", "cifar-ff", "removal"):
+    for key in ("fully-connected", "dropout", "article", "lottery", "pooling", "cifar-ff", "removal"):
         assert re.search(rf" {key}\b", rest)
     assert " rust" not in rest and not re.search(r"karpathy2022: .*\brepro,", rest)
     assert lines[-2].startswith("Taken together")
