@@ -296,13 +296,15 @@ def test_twenty_random_kills(tmp_path):
 def test_a_signal_keeps_the_seeds_that_have_finished(number, tmp_path):
     path = tmp_path / "run.jsonl"
     process = start(path, seeds=1000, pause=0.003)
+    wait_for_seed(path, 0)
     wait_for_seed(path, 1)
     process.send_signal(number)
     code, output, error = finish(process)
     assert code == 128 + number and "finished" not in output
     one_sentence(error, "stopped by SIGTERM" if number == signal.SIGTERM else "interrupted")
-    kept = sorted(runs.read_run(path).records)
-    assert 2 <= len(kept) < 1000 and kept == list(range(len(kept)))
+    kept = set(runs.read_run(path).records)
+    # Two threads train, so the last seed may have been faster than the one before it.
+    assert {0, 1} <= kept <= set(range(len(kept) + 1)) and len(kept) < 1000
     assert "wall_seconds" in runs.read_run(path).sessions[0]
 
 
