@@ -17,7 +17,7 @@ MYTHS = {
     "myth2_name_that_dataset": ("Data sets are fair samples of the world", "falls"),
     "myth3_fresh_test_sets": ("Test sets that everybody uses are worn out", "falls"),
     "myth4_forgetting": ("Every training example is needed", "it depends on the task"),
-    "myth5_fixup": ("Very deep networks need normalisation", "falls"),
+    "myth5_fixup": ("Very deep networks need normalisation", "falls, with a rate for each depth"),
     "myth6_micro_vit": ("Attention beats convolution", "falls for networks of 9,760 parameters"),
     "myth7_saliency": ("Saliency maps show what a network looks at", "it depends on the map"),
 }
