@@ -97,8 +97,10 @@ def initial_losses(seeds=100):
         data = model.load()
         x, y = sample(data, 1000)
         theory = EXPECTED[name](data).hidden_loss
-        axis.hist([mean_loss(model, model.make(seed), x, y) for seed in range(seeds)], bins=15, color="C0")
+        losses = [mean_loss(model, model.make(seed), x, y) for seed in range(seeds)]
+        axis.hist(losses, bins=15, color="C0")
         axis.axvline(theory, color="0.5", linestyle="--", linewidth=1)
+        axis.set_xlim(left=min(theory, *losses) - 0.1 * (max(losses) - min(losses)))
         axis.set(title=name, xlabel="mean square" if model.loss == "mse" else "cross-entropy")
     axes[0].set_ylabel(f"seeds, of {seeds}")
     title = "loss before the first step; dashed: theory, for last weights of 0"
