@@ -132,8 +132,8 @@ def evaluate(engine, parameters, images, labels, targets):
     return float(loss), int((outputs.argmax(axis=1) != labels).sum()), outputs
 
 
-def train(config, seed, splits, engine, progress=lambda n: None):
-    """Train a network, and return its records, two for each pass, and its parameters.
+def train(config, seed, splits, engine, progress=lambda n: None, every_pass=True):
+    """Train a network, and return its records, two for each pass (or for the last), and its parameters.
 
     `splits`: train and test, each images (n, 1, 20, 20) and labels (n,). `progress(n)` is called after every
     n presentations.
@@ -151,7 +151,7 @@ def train(config, seed, splits, engine, progress=lambda n: None):
                 lower = "--lr" if config["optimizer"] == "sgd" else "--eta"
                 raise utils.RunFailed(f"seed {seed}, pass {number}: {error}; lower {lower}") from error
             progress(len(images[part]))
-        for split, digits in splits.items():
+        for split, digits in splits.items() if every_pass or number == config["passes"] else ():
             loss, misses, outputs = evaluate(engine, parameters, *digits, targets[split])
             records.append(runs.evaluation(number, split, loss, misses, len(outputs)))
     labels = splits["test"][1]
