@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import glob
 import hashlib
 import os
@@ -53,43 +54,48 @@ def library(source, defines, target=None):
     # The macros tell the compiler's version and the processor's features: home directories are shared.
     made_of = repr((text, command, macros, sys.platform, platform.machine()))
     name = f"{source.stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
+    make = functools.partial(_compile, command, source.name, text)
     try:
-        return _from_cache(name, command, source.name, text)
+        return from_cache(name, ".so", make, lambda path: ctypes.CDLL(str(path)))
     except (OSError, Unavailable) as error:  # a full or read-only cache, or one that forbids execution
         reason = error
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as workshop:
-            return ctypes.CDLL(str(_compile(command, source.name, text, Path(workshop))))
+            return ctypes.CDLL(str(make(Path(workshop))))
     except OSError as error:
         places = f"the cache folder ({reason}), nor in $TMPDIR ({error})"
         raise Unavailable(f"a kernel can be compiled and loaded neither in {places}") from error
 
 
-def _from_cache(name, command, source_name, text):
-    """Load the library `name`-<hash of its content>.so from the cache, compiling it where it is not there."""
+def from_cache(name, suffix, make, load):
+    """`load(path)` of the file `name`-<hash of its content><suffix> in the cache folder.
+
+    Where it is not there, or damaged, `make(folder)` makes it in a folder beside it, and returns its path;
+    its last byte must be on disk by then. OSError where the cache cannot be used.
+    """
     folder = cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise OSError(f"{folder} belongs to another user, so its libraries cannot be trusted")
-    for cached in folder.glob(f"{glob.escape(name)}-*.so"):
+    for cached in folder.glob(f"{glob.escape(name)}-*{suffix}"):
         with contextlib.suppress(OSError):  # another process may just have replaced it, or it is damaged
-            if cached.name == _name(name, cached):
-                return ctypes.CDLL(str(cached))
+            if cached.name == _name(name, suffix, cached):
+                return load(cached)
             cached.unlink()
     for left in folder.glob("tmp*"):  # by processes that were killed while they compiled
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > 3600:
                 shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=folder) as workshop:
-        built = _compile(command, source_name, text, Path(workshop))
-        published = folder / _name(name, built)
+        built = make(Path(workshop))
+        published = folder / _name(name, suffix, built)
         os.replace(built, published)
-    return ctypes.CDLL(str(published))
+    return load(published)
 
 
-def _name(name, path):
-    """The name ends in a hash of the content, so that a damaged library is noticed before it is loaded."""
-    return f"{name}-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.so"
+def _name(name, suffix, path):
+    """The name ends in a hash of the content, so that a damaged file is noticed before it is loaded."""
+    return f"{name}-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}{suffix}"
 
 
 def compiler_version():
