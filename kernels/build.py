@@ -40,17 +40,18 @@ def find_compiler():
     raise Unavailable(missing)
 
 
-def library(source, defines, target=None):
+def library(source, defines, target=None, flags=()):
     """The C file `source`, compiled with -D for each of `defines` and loaded: a ctypes.CDLL.
 
-    `target`: the flags that choose the processor, or None for the one at hand. The source may include only
-    the system's headers. Raises Unavailable where there is no compiler, it fails, or there is no room.
+    `target`: the flags that choose the processor, or None for the one at hand. `flags`: others, which come
+    last. The source may include only the system's headers. Raises Unavailable where there is no compiler, it
+    fails, or there is no room.
     """
     source = Path(source)
     text = source.read_bytes()
     compiler = find_compiler()
     target, macros = resolve_target(compiler, target)
-    command = [*compiler, *FLAGS, *target, *(f"-D{name}={value}" for name, value in defines.items())]
+    command = [*compiler, *FLAGS, *target, *flags, *(f"-D{name}={value}" for name, value in defines.items())]
     # The macros tell the compiler's version and the processor's features: home directories are shared.
     made_of = repr((text, command, macros, sys.platform, platform.machine()))
     name = f"{source.stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"

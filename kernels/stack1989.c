@@ -1,0 +1,637 @@
+// The network of LeCun et al. 1989, trained one digit at a time, for hundreds of replicas at once: C and CUDA.
+//
+// repro.py says what is right, convnet1989.c is fast on a CPU, and this is for a GPU. One digit gives a GPU too
+// little to do, but hundreds of networks, each at its own digit, do not. So a replica is a block of threads, which
+// keeps the whole network and its activations in the shared memory of a multiprocessor from digit to digit.
+//
+// Training is a sequence of phases. A phase is a number of tasks that may run in any order or at the same time,
+// EACH(task, of so many), and ends at a BARRIER, where all wait for all. In CUDA, EACH shares the tasks out among
+// the block's threads; in C it is a plain loop, and the barrier is nothing. So a CPU can run what a GPU runs.
+// Arithmetic is made of operations that IEEE 754 rounds, in an order that is written down here, and compilers
+// are kept from fusing them (gcc -ffp-contract=off, NVRTC -fmad=false): then both give the same bits. NVRTC's
+// -use_fast_math gives up the bits for speed.
+//
+// One variant is compiled at a time, chosen by -D; a step is taken after each digit:
+//   LOSS        MSE: squashed outputs, mean squared error  |  CROSS_ENTROPY: logits, softmax
+//   ACTIVATION  TANH  |  SCALED_TANH: 1.7159 tanh(2x/3), outputs of MSE too  |  RELU: of hidden units
+//   OPTIMIZER   SGD: one learning rate  |  SGD_RATES: one for each parameter  |  ADAMW
+//               |  CURVATURE: not to train, but to measure how the loss curves, for rates
+//   SHIFT       NONE  |  each digit moved by up to so many pixels both ways: ROLL, wrapping as torch.roll
+//               does, or PAD, moving the background in
+//   DROPOUT     0  |  1: of H2's outputs, while training
+// and for CUDA alone
+//   THREADS     in a block; the results do not depend on it
+//   BLOCKS      that a multiprocessor is to hold at once, for which the compiler saves registers
+//
+// The layout. With several blocks on a multiprocessor, what limits them is its shared memory, which gives or
+// takes 32 words a clock, one from each of 32 banks. So
+// - a task holds a tile of sums in registers, and uses what it reads several times, where layers are convolutions;
+// - it reads 16 bytes at a time where it can. The hardware serves eight threads at a time then, and these should
+//   read units of 16 bytes that differ modulo 8, or are the same. So a map of H1 is 148 floats (144 in use), or
+//   37 units, from the next; of its errors and biases, 68 (64); and a part of H2's sums 208 (192). The image is
+//   split into even and odd rows, because neighbours read every other row: 5 units apart, which would be 10.
+//   H2w has the weights of a group's four maps side by side, and 25 units to the next map that they read;
+// - neighbouring tasks share one of their two operands, so that one access may serve both;
+// - what is in global memory (struct extra) lies in the order in which neighbouring tasks take it.
+// Shared memory is what decides how many blocks fit: with up to 57,344 bytes, four on an H100.
+
+#define MSE 1
+#define CROSS_ENTROPY 2
+#define TANH 1
+#define SCALED_TANH 2
+#define RELU 3
+#define SGD 1
+#define SGD_RATES 2
+#define ADAMW 3
+#define CURVATURE 4
+#define NONE 0
+#define ROLL 1
+#define PAD 2
+
+#ifdef __CUDACC__
+#define INLINE static __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#define ALIGNED(bytes) __align__(bytes)
+#define EACH(t, n) for (int t = threadIdx.x; t < (n); t += THREADS)
+#define BARRIER __syncthreads()
+#else
+#include <math.h>
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+#define ALIGNED(bytes) __attribute__((aligned(bytes), may_alias))
+#ifndef EACH  // tests have others: backwards, and of real threads
+#define EACH(t, n) for (int t = 0; t < (n); t++)
+#define BARRIER
+#endif
+#endif
+
+typedef unsigned long long word;  // 64 bits
+
+struct ALIGNED(8) two {
+    float x[2];
+};
+
+struct ALIGNED(16) four {
+    float x[4];
+};
+
+// Parameters. A group is the four maps of H2 that read the same eight maps of H1.
+struct network {
+    float H1w[12][25];
+    float H1b[12][68];
+    struct four H2w[3][8][25];  // [group][which of the eight][tap].x[map in the group]
+    float H2b[192];             // units in the order of repro.py: [map][y][x]
+    float H3w[192][30];
+    float H3b[32];
+    float outw[30][10];
+    float outb[12];
+};
+
+// What goes with each parameter: its rate, moment or curvature. ADAMW: one of these for each moment.
+struct extra {
+    float H1w[5][12 * 5];       // [kx][task]
+    struct four H1b[12 * 16];
+    struct four H2w[5][3 * 5 * 8];  // [kx][task]
+    float H2b[192];
+    struct two H3w[15][192];  // [pair][task]
+    float H3b[32];
+    struct two outw[5][30];  // [pair][task]
+    float outb[12];
+};
+
+#define FLOATS(type) ((int)(sizeof(struct type) / sizeof(float)))
+#define EXTRAS (OPTIMIZER == SGD ? 0 : OPTIMIZER == ADAMW ? 2 : 1)
+
+// The shared memory of a replica. An error, d, is the derivative of the loss by a unit's sum of inputs.
+struct ALIGNED(16) memory {
+    struct network net;
+    float image[2][10][20];  // [y % 2][y / 2][x], with its border
+    float target[12];
+    float h1[12][148];  // 12 x 12, with a border of -1
+    float h2[192];      // as H3 reads them: after dropout
+    float d2[192];      // before they are known: the slope and dropout that they will be multiplied by
+    float h3[32], d3[32];
+    float out[12], d[12];
+    union {  // no two of which are in use at a time
+        float part2[8][208], part3[8][32];
+        float d1[12][68];
+    } u;
+};
+
+// What a launch is given, by value.
+struct job {
+    float *net;            // (replicas, FLOATS(network))
+    float *extra;          // (replicas, EXTRAS * FLOATS(extra))
+    const float *images;   // (digits, 20, 20), with their border
+    const float *targets;  // (digits, 10)
+    const int *order;      // (replicas, n): the digit that each presentation is of, or NULL: 0 to n - 1
+    const word *seeds;     // (replicas)
+    const float *steps;    // ADAMW, (n, 2): learning rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+    float *outputs;        // evaluate: (replicas, n, 10), or NULL
+    double *loss;          // evaluate: (replicas), to which the sum over the digits is added
+    long long *misses;     // evaluate: (replicas), likewise
+    int *places;           // layout: (2, 9760)
+    long long n, presentations;             // of this launch, and before it
+    float lr, shrink, rest1, rest2, epsilon;  // ADAMW: 1 - lr * weight decay, 1 - beta1, 1 - beta2
+    float kept;                             // 1 / (1 - dropout)
+    int dropped, shift_pixels;              // 65536 * dropout; at most
+};
+
+// Copy a few floats to registers or from them, `wide` at a time.
+INLINE void read(float *to, const float *from, int count, int wide) {
+    UNROLL for (int i = 0; i < count; i += wide) {
+        if (wide == 4) {
+            const struct four four = *(const struct four *)(from + i);
+            UNROLL for (int j = 0; j < 4; j++) to[i + j] = four.x[j];
+        } else if (wide == 2) {
+            const struct two two = *(const struct two *)(from + i);
+            to[i] = two.x[0], to[i + 1] = two.x[1];
+        } else
+            to[i] = from[i];
+    }
+}
+
+INLINE void write(float *to, const float *from, int count, int wide) {
+    UNROLL for (int i = 0; i < count; i += wide) {
+        if (wide == 4) {
+            const struct four four = {{from[i], from[i + 1], from[i + 2], from[i + 3]}};
+            *(struct four *)(to + i) = four;
+        } else if (wide == 2) {
+            const struct two two = {{from[i], from[i + 1]}};
+            *(struct two *)(to + i) = two;
+        } else
+            to[i] = from[i];
+    }
+}
+
+// Activation functions, and their slopes where the value is y
+
+// x P(x^2) / Q(x^2), fitted for the least largest relative error up to 7.9; there tanh is 1 - 2.7e-7.
+INLINE float tanh_of(float x) {
+    x = x > 7.9f ? 7.9f : x;  // NaN stays NaN
+    x = x < -7.9f ? -7.9f : x;
+    const float u = x * x;
+    float p = fmaf(1.54279644e-08f, u, 2.20232394e-05f), q = fmaf(8.59877675e-07f, u, 0.000342364999f);
+    p = fmaf(fmaf(fmaf(p, u, 0.00357899169f), u, 0.134506203f), u, 1.0f);
+    q = fmaf(fmaf(fmaf(q, u, 0.0261922367f), u, 0.467839483f), u, 1.0f);
+    return x * p / q;
+}
+
+#if ACTIVATION == SCALED_TANH
+INLINE float squash(float x) { return 1.7159f * tanh_of(2.0f / 3 * x); }
+INLINE float squash_slope(float y) { return fmaf(-2.0f / 3 / 1.7159f * y, y, 1.7159f * 2 / 3); }
+#else
+INLINE float squash(float x) { return tanh_of(x); }
+INLINE float squash_slope(float y) { return fmaf(-y, y, 1.0f); }
+#endif
+
+#if ACTIVATION == RELU
+INLINE float activate(float x) { return x < 0.0f ? 0.0f : x; }
+INLINE float slope(float y) { return y > 0.0f ? 1.0f : 0.0f; }
+#else
+#define activate squash
+#define slope squash_slope
+#endif
+
+// e^x for x <= 0: 2^n e^r with |r| <= ln 2 / 2, a polynomial fitted for the least largest relative error.
+INLINE float exp_of(float x) {
+    union {
+        float value;
+        unsigned bits;
+    } n, e;
+    x = x < -87.0f ? -87.0f : x;
+    n.value = fmaf(1.44269504f, x, 12582912.0f);  // 1.5 * 2^23: rounds, and leaves n in the last bits
+    const float whole = n.value - 12582912.0f;
+    const float r = fmaf(whole, 2.12194440e-4f, fmaf(whole, -0.693359375f, x));  // ln 2, in two parts
+    const float p = fmaf(fmaf(fmaf(0.00138368461f, r, 0.00837481601f), r, 0.0416682256f), r, 0.166664202f);
+    e.value = fmaf(fmaf(fmaf(p, r, 0.499999921f), r, 1.00000004f), r, 1.0f);
+    e.bits += n.bits << 23;
+    return e.value;
+}
+
+// Chance: SplitMix64 (Steele et al. 2014) of a counter. Word 0 of a presentation moves the digit, words 1 to
+// 48 have 16 bits for each unit of H2.
+
+INLINE word mix(word z) {
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+INLINE word random_word(word seed, long long presentation, int number) {
+    return mix(mix(seed) + (64 * (word)presentation + number + 1) * 0x9E3779B97F4A7C15u);
+}
+
+// Forward. `presentation` counts those of training; it is NOT_TRAINING where nothing is random.
+
+#define NOT_TRAINING -1
+
+INLINE void forward_image(struct memory *s, const struct job *job, long long digit, word seed, long long presentation) {
+    const float *image = job->images + 400 * digit;
+    int down = 0, right = 0;
+    if (SHIFT != NONE && presentation != NOT_TRAINING) {
+        const int moves = 2 * job->shift_pixels + 1;
+        const int move = (random_word(seed, presentation, 0) >> 32) * moves * moves >> 32;
+        down = move / moves - job->shift_pixels;
+        right = move % moves - job->shift_pixels;
+    }
+    EACH(pixel, 20 * 20) {
+        const int y = pixel / 20, x = pixel % 20;
+        float value = image[pixel];
+        if (SHIFT != NONE && y >= 2 && y < 18 && x >= 2 && x < 18) {
+            const int from_y = y - 2 - down, from_x = x - 2 - right, outside = (from_y | from_x) & ~15;
+            value = SHIFT == PAD && outside ? -1 : image[20 * ((from_y & 15) + 2) + (from_x & 15) + 2];
+        }
+        s->image[y % 2][y / 2][x] = value;
+    }
+    EACH(j, 10) s->target[j] = job->targets[10 * digit + j];
+    BARRIER;
+}
+
+// A task is a row of a map of H1.
+INLINE void forward_H1(struct memory *s) {
+    EACH(t, 12 * 8) {
+        const int map = 2 * (t / 16) + t % 2, y = t / 2 % 8;
+        float sum[8], field[20];
+        read(sum, &s->net.H1b[map][8 * y], 8, 4);
+        for (int ky = 0; ky < 5; ky++) {
+            read(field, s->image[ky % 2][y + ky / 2], 20, 4);
+            UNROLL for (int kx = 0; kx < 5; kx++) {
+                const float weight = s->net.H1w[map][5 * ky + kx];
+                UNROLL for (int x = 0; x < 8; x++) sum[x] = fmaf(weight, field[2 * x + kx], sum[x]);
+            }
+        }
+        UNROLL for (int x = 0; x < 8; x++) sum[x] = activate(sum[x]);
+        write(&s->h1[map][12 * (y + 2) + 2], sum, 8, 2);
+    }
+    BARRIER;
+}
+
+// The map of H1 that is number i of those that a group reads, of which it has the weights in this order.
+INLINE int read_by(int group, int i) { return (4 * group + i) % 12; }
+
+// A task is a row of the four maps of a group, as far as it comes from one map of H1; then, a row of a map.
+INLINE void forward_H2(struct memory *s, const struct job *job, word seed, long long presentation) {
+    EACH(t, 3 * 8 * 4) {
+        const int group = t / 32, i = t / 4 % 8, y = t % 4;
+        float sum[4][4] = {{0}}, field[12];
+        for (int ky = 0; ky < 5; ky++) {
+            read(field, &s->h1[read_by(group, i)][12 * (2 * y + ky)], 12, 4);
+            UNROLL for (int kx = 0; kx < 5; kx++) {
+                const struct four weight = s->net.H2w[group][i][5 * ky + kx];
+                UNROLL for (int map = 0; map < 4; map++)
+                    UNROLL for (int x = 0; x < 4; x++)
+                        sum[map][x] = fmaf(weight.x[map], field[2 * x + kx], sum[map][x]);
+            }
+        }
+        UNROLL for (int map = 0; map < 4; map++)
+            write(&s->u.part2[i][16 * (4 * group + map) + 4 * y], sum[map], 4, 4);
+    }
+    BARRIER;
+    EACH(row, 12 * 4) {
+        float sum[4], part[4], passed[4];
+        word random = 0;
+        read(sum, &s->net.H2b[4 * row], 4, 4);
+        UNROLL for (int i = 0; i < 8; i++) {
+            read(part, &s->u.part2[i][4 * row], 4, 4);
+            UNROLL for (int x = 0; x < 4; x++) sum[x] += part[x];
+        }
+        if (DROPOUT && presentation != NOT_TRAINING) random = random_word(seed, presentation, 1 + row);
+        UNROLL for (int x = 0; x < 4; x++) {
+            float scale = 1;
+            if (DROPOUT && presentation != NOT_TRAINING)
+                scale = (int)(random >> 16 * x & 65535) < job->dropped ? 0 : job->kept;
+            sum[x] = activate(sum[x]);
+            passed[x] = slope(sum[x]) * scale;
+            sum[x] *= scale;
+        }
+        write(&s->h2[4 * row], sum, 4, 4);
+        write(&s->d2[4 * row], passed, 4, 4);
+    }
+    BARRIER;
+}
+
+// A task is a unit's sum as far as it comes from 24 units of H2; then, a unit.
+INLINE void forward_H3(struct memory *s) {
+    EACH(t, 8 * 32) {
+        const int part = t / 32, j = t % 32;
+        if (j < 30) {
+            float sum = 0;
+            UNROLL for (int i = 0; i < 24; i++)
+                sum = fmaf(s->h2[24 * part + i], s->net.H3w[24 * part + i][j], sum);
+            s->u.part3[part][j] = sum;
+        }
+    }
+    BARRIER;
+    EACH(j, 30) {
+        float sum = s->net.H3b[j];
+        UNROLL for (int part = 0; part < 8; part++) sum += s->u.part3[part][j];
+        s->h3[j] = activate(sum);
+    }
+    BARRIER;
+}
+
+INLINE void forward_outputs(struct memory *s) {
+    EACH(j, 10) {
+        float sum = s->net.outb[j];
+        UNROLL for (int k = 0; k < 30; k++) sum = fmaf(s->h3[k], s->net.outw[k][j], sum);
+        s->out[j] = LOSS == MSE ? squash(sum) : sum;
+    }
+    BARRIER;
+}
+
+// The outputs (CROSS_ENTROPY: logits) for a digit.
+INLINE void forward(struct memory *s, const struct job *job, long long digit, word seed, long long presentation) {
+    forward_image(s, job, digit, seed, presentation);
+    forward_H1(s);
+    forward_H2(s, job, seed, presentation);
+    forward_H3(s);
+    forward_outputs(s);
+}
+
+// Backward, each parameter stepping down its gradient as soon as nothing else needs it.
+// CURVATURE: the diagonal of the Gauss-Newton matrix (LeCun et al. 1998, appendix C: the second derivatives,
+// without the terms of f'') is propagated back as gradients are, with weights, inputs and slopes squared: that
+// is all that `power` is for.
+
+INLINE float power(float x) { return OPTIMIZER == CURVATURE ? x * x : x; }
+
+struct step {
+    const struct job *job;
+    struct extra *extra;
+    float size, unbias;  // ADAMW: a row of job.steps
+};
+
+// Take a step with `count` parameters: 1, 2 or 4. AdamW is Loshchilov and Hutter's, as in PyTorch.
+INLINE void learn(const struct step *step, float *weights, float *extra, const float *gradient, int count) {
+    const struct job *job = step->job;
+    float w[4], e[4], f[4], *extra2 = extra + FLOATS(extra);
+    read(w, weights, count, count);
+    if (EXTRAS > 0) read(e, extra, count, count);
+    if (EXTRAS > 1) read(f, extra2, count, count);
+    UNROLL for (int i = 0; i < count; i++) {
+#if OPTIMIZER == SGD
+        w[i] = fmaf(-job->lr, gradient[i], w[i]);
+#elif OPTIMIZER == SGD_RATES
+        w[i] = fmaf(-e[i], gradient[i], w[i]);
+#elif OPTIMIZER == ADAMW
+        e[i] = fmaf(job->rest1, gradient[i] - e[i], e[i]);
+        f[i] = fmaf(job->rest2, fmaf(gradient[i], gradient[i], -f[i]), f[i]);
+        w[i] = fmaf(job->shrink, w[i], -step->size * e[i] / fmaf(sqrtf(f[i]), step->unbias, job->epsilon));
+#elif OPTIMIZER == CURVATURE
+        e[i] += gradient[i];
+#endif
+    }
+    if (OPTIMIZER != CURVATURE) write(weights, w, count, count);
+    if (OPTIMIZER == ADAMW || OPTIMIZER == CURVATURE) write(extra, e, count, count);
+    if (OPTIMIZER == ADAMW) write(extra2, f, count, count);
+}
+
+// A task is an output.
+INLINE void backward_loss(struct memory *s, const struct step *step) {
+    EACH(j, 10) {
+#if LOSS == MSE
+        const float slope2 = power(squash_slope(s->out[j]));
+        const float d = 2.0f / 10 * (OPTIMIZER == CURVATURE ? 1 : s->out[j] - s->target[j]) * slope2;
+#else
+        float highest = s->out[0], sum = 0;
+        UNROLL for (int i = 1; i < 10; i++) highest = s->out[i] > highest ? s->out[i] : highest;
+        UNROLL for (int i = 0; i < 10; i++) sum += exp_of(s->out[i] - highest);
+        const float d = exp_of(s->out[j] - highest) / sum - s->target[j];
+#endif
+        s->d[j] = d;
+        learn(step, &s->net.outb[j], &step->extra->outb[j], &d, 1);
+    }
+    BARRIER;
+}
+
+// A task is a unit of H3, with the weights that read it.
+INLINE void backward_outputs(struct memory *s, const struct step *step) {
+    EACH(k, 30) {
+        const float x = power(s->h3[k]);
+        float sum = 0, w[2], d[2];
+        UNROLL for (int i = 0; i < 5; i++) {
+            read(w, &s->net.outw[k][2 * i], 2, 2);
+            read(d, &s->d[2 * i], 2, 2);
+            sum = fmaf(power(w[1]), d[1], fmaf(power(w[0]), d[0], sum));
+            const float gradient[2] = {x * d[0], x * d[1]};
+            learn(step, &s->net.outw[k][2 * i], step->extra->outw[i][k].x, gradient, 2);
+        }
+        sum *= power(slope(s->h3[k]));
+        s->d3[k] = sum;
+        learn(step, &s->net.H3b[k], &step->extra->H3b[k], &sum, 1);
+    }
+    BARRIER;
+}
+
+// A task is a unit of H2, with the weights that read it.
+INLINE void backward_H3(struct memory *s, const struct step *step) {
+    EACH(k, 192) {
+        const float x = power(s->h2[k]);
+        float sum = 0, w[2], d[2];
+        UNROLL for (int i = 0; i < 15; i++) {
+            read(w, &s->net.H3w[k][2 * i], 2, 2);
+            read(d, &s->d3[2 * i], 2, 2);
+            sum = fmaf(power(w[1]), d[1], fmaf(power(w[0]), d[0], sum));
+            const float gradient[2] = {x * d[0], x * d[1]};
+            learn(step, &s->net.H3w[k][2 * i], step->extra->H3w[i][k].x, gradient, 2);
+        }
+        sum *= power(s->d2[k]);
+        s->d2[k] = sum;
+        learn(step, &s->net.H2b[k], &step->extra->H2b[k], &sum, 1);
+    }
+    BARRIER;
+}
+
+// A task is a row of a map of H1, which two groups read. Neighbours are two rows apart: the same ky read them.
+INLINE void backward_H2(struct memory *s) {
+    EACH(t, 2 * 12 * 4) {
+        const int map = t / 4 % 12, odd = t / 48, y = 2 * (t % 4) + odd;
+        float sum[8] = {0}, h1[8], d[4][4];
+        for (int half = 0; half < 2; half++) {  // among the first four maps that a group reads, or the others
+            const int group = (map / 4 + 2 * half) % 3, i = map % 4 + 4 * half;
+            for (int ky = odd; ky < 5; ky += 2) {
+                const int from = (y + 2 - ky) / 2;  // the row of H2 that reads this one with its row ky
+                if (from < 0 || from > 3) continue;
+                UNROLL for (int m = 0; m < 4; m++) read(d[m], &s->d2[16 * (4 * group + m) + 4 * from], 4, 4);
+                UNROLL for (int kx = 0; kx < 5; kx++) {
+                    const struct four weight = s->net.H2w[group][i][5 * ky + kx];
+                    UNROLL for (int m = 0; m < 4; m++)
+                        UNROLL for (int x = 0; x < 4; x++) {
+                            const int to = 2 * x + kx - 2;
+                            if (to >= 0 && to < 8) sum[to] = fmaf(power(weight.x[m]), d[m][x], sum[to]);
+                        }
+                }
+            }
+        }
+        read(h1, &s->h1[map][12 * (y + 2) + 2], 8, 2);
+        UNROLL for (int x = 0; x < 8; x++) sum[x] *= power(slope(h1[x]));
+        write(&s->u.d1[map][8 * y], sum, 8, 4);
+    }
+    BARRIER;
+}
+
+// A task has the weights that a row ky of the kernels has for one map: H2's in the four maps of a group.
+INLINE void learn_H2_and_H1(struct memory *s, const struct step *step) {
+    EACH(t, 128 + 60) {  // H2's are 120
+        if (t < 120) {
+            const int group = t / 40, ky = t / 8 % 5, i = t % 8;
+            float sum[5][4] = {{0}}, field[12], d[4][4];
+            for (int y = 0; y < 4; y++) {
+                read(field, &s->h1[read_by(group, i)][12 * (2 * y + ky)], 12, 4);
+                UNROLL for (int m = 0; m < 4; m++) read(d[m], &s->d2[16 * (4 * group + m) + 4 * y], 4, 4);
+                UNROLL for (int x = 0; x < 4; x++)
+                    UNROLL for (int kx = 0; kx < 5; kx++)
+                        UNROLL for (int m = 0; m < 4; m++)
+                            sum[kx][m] = fmaf(power(field[2 * x + kx]), d[m][x], sum[kx][m]);
+            }
+            UNROLL for (int kx = 0; kx < 5; kx++)
+                learn(step, s->net.H2w[group][i][5 * ky + kx].x, step->extra->H2w[kx][t].x, sum[kx], 4);
+        } else if (t >= 128) {
+            const int map = (t - 128) % 12, ky = (t - 128) / 12;
+            float sum[5] = {0}, field[20], d[8];
+            for (int y = 0; y < 8; y++) {
+                read(field, s->image[ky % 2][y + ky / 2], 20, 4);
+                read(d, &s->u.d1[map][8 * y], 8, 4);
+                UNROLL for (int x = 0; x < 8; x++)
+                    UNROLL for (int kx = 0; kx < 5; kx++) sum[kx] = fmaf(power(field[2 * x + kx]), d[x], sum[kx]);
+            }
+            UNROLL for (int kx = 0; kx < 5; kx++)
+                learn(step, &s->net.H1w[map][5 * ky + kx], &step->extra->H1w[kx][t - 128], &sum[kx], 1);
+        }
+    }
+    EACH(t, 12 * 16) {
+        float d[4];
+        read(d, &s->u.d1[t / 16][4 * (t % 16)], 4, 4);
+        learn(step, &s->net.H1b[t / 16][4 * (t % 16)], step->extra->H1b[t].x, d, 4);
+    }
+    BARRIER;
+}
+
+INLINE void backward(struct memory *s, const struct step *step) {
+    backward_loss(s, step);
+    backward_outputs(s, step);
+    backward_H3(s, step);
+    backward_H2(s);
+    learn_H2_and_H1(s, step);
+}
+
+// Kernels: what a block does for its replica
+
+INLINE void enter(struct memory *s, const struct job *job, int replica) {
+    const struct four *net = (const struct four *)(job->net + (long long)replica * FLOATS(network));
+    EACH(i, FLOATS(network) / 4) ((struct four *)&s->net)[i] = net[i];
+    EACH(i, 12 * 148) s->h1[i / 148][i % 148] = -1;  // the border; who reads it waits at a barrier before
+}
+
+// Present n digits, and step after each; or (CURVATURE) add up how the loss of each curves.
+INLINE void train_replica(struct memory *s, const struct job *job, int replica) {
+    struct step step = {job, (struct extra *)job->extra + (long long)replica * EXTRAS, 0, 0};
+    const word seed = OPTIMIZER == CURVATURE ? 0 : job->seeds[replica];
+    enter(s, job, replica);
+    for (long long i = 0; i < job->n; i++) {
+        if (OPTIMIZER == ADAMW) step.size = job->steps[2 * i], step.unbias = job->steps[2 * i + 1];
+        forward(s, job, job->order ? job->order[replica * job->n + i] : i, seed,
+                OPTIMIZER == CURVATURE ? NOT_TRAINING : job->presentations + i);
+        backward(s, &step);
+    }
+    if (OPTIMIZER != CURVATURE) {
+        struct four *net = (struct four *)(job->net + (long long)replica * FLOATS(network));
+        EACH(i, FLOATS(network) / 4) net[i] = ((struct four *)&s->net)[i];
+    }
+}
+
+// The loss of n digits and how many are missed, with the highest output for another digit than the target.
+INLINE void evaluate_replica(struct memory *s, const struct job *job, int replica) {
+    double loss = 0;  // these are of the thread that has the task 0
+    long long misses = 0;
+    enter(s, job, replica);
+    for (long long i = 0; i < job->n; i++) {
+        forward(s, job, i, 0, NOT_TRAINING);
+        if (job->outputs)
+            EACH(j, 10) job->outputs[10 * (replica * job->n + i) + j] = s->out[j];
+        EACH(t, 1) {
+            int answer = 0, label = 0;
+            double sum = 0;
+            for (int j = 1; j < 10; j++) {
+                if (s->out[j] > s->out[answer]) answer = j;
+                if (s->target[j] > s->target[label]) label = j;
+            }
+#if LOSS == MSE
+            for (int j = 0; j < 10; j++) {
+                const double off = s->out[j] - s->target[j];
+                sum += off * off;
+            }
+            loss += sum / 10;
+#else
+            for (int j = 0; j < 10; j++) sum += exp_of(s->out[j] - s->out[answer]);
+            for (int j = 0; j < 10; j++)
+                loss += s->target[j] * (log(sum) + ((double)s->out[answer] - s->out[j]));
+#endif
+            misses += answer != label;
+        }
+    }
+    EACH(t, 1) {
+        job->loss[replica] += loss;
+        job->misses[replica] += misses;
+    }
+}
+
+// Where the 9,760 parameters, in the order of repro.py, lie in a struct network and in a struct extra.
+INLINE void layout_replica(struct memory *s, const struct job *job, int replica) {
+    const struct network *net = &s->net;
+    const struct extra *e = (const struct extra *)s;
+    (void)replica;
+    EACH(p, 9760) {
+        const float *a, *b;
+        int i = p;
+        if (i < 300) {
+            const int map = i / 25, tap = i % 25;
+            a = &net->H1w[map][tap], b = &e->H1w[tap % 5][map + 12 * (tap / 5)];
+        } else if ((i -= 300) < 768) {
+            a = &net->H1b[i / 64][i % 64], b = &e->H1b[i / 4].x[i % 4];
+        } else if ((i -= 768) < 2400) {
+            const int map = i / 200, group = map / 4, tap = i % 25;
+            const int from = i / 25 % 8, n = group == 2 ? (from + 4) % 8 : from;  // repro.py has maps 0 to 3 first
+            a = &net->H2w[group][n][tap].x[map % 4], b = &e->H2w[tap % 5][n + 8 * (tap / 5) + 40 * group].x[map % 4];
+        } else if ((i -= 2400) < 192) {
+            a = &net->H2b[i], b = &e->H2b[i];
+        } else if ((i -= 192) < 5760) {
+            const int k = i / 30, j = i % 30;
+            a = &net->H3w[k][j], b = &e->H3w[j / 2][k].x[j % 2];
+        } else if ((i -= 5760) < 30) {
+            a = &net->H3b[i], b = &e->H3b[i];
+        } else if ((i -= 30) < 300) {
+            const int k = i / 10, j = i % 10;
+            a = &net->outw[k][j], b = &e->outw[j / 2][k].x[j % 2];
+        } else {
+            a = &net->outb[i - 300], b = &e->outb[i - 300];
+        }
+        job->places[p] = a - (const float *)net, job->places[9760 + p] = b - (const float *)e;
+    }
+}
+
+#ifdef __CUDACC__
+#define CONSTANT(name, value) extern "C" __constant__ int name = value;
+#define KERNEL(name)                                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name(const struct job job) { \
+        extern __shared__ struct four shared[];                                                \
+        name##_replica((struct memory *)shared, &job, blockIdx.x);                             \
+    }
+#else
+#define CONSTANT(name, value) const int name = value;
+#ifndef KERNEL
+#define KERNEL(name)                                                                               \
+    void name(struct job job, long long replicas) {                                                \
+        struct memory memory;                                                                      \
+        for (int replica = 0; replica < replicas; replica++) name##_replica(&memory, &job, replica); \
+    }
+#endif
+#endif
+
+CONSTANT(shared_bytes, sizeof(struct memory))
+CONSTANT(net_floats, FLOATS(network))
+CONSTANT(extra_floats, EXTRAS * FLOATS(extra))
+KERNEL(train)
+KERNEL(evaluate)
+KERNEL(layout)
