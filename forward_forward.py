@@ -4,6 +4,7 @@
     python forward_forward.py --preset permutation-invariant   # images left as they are: 3 minutes
     python forward_forward.py --preset hinton                  # his four layers of 2,000 units: 8 minutes
     python -m studies.ff_article                               # another protocol, that of Neoflex 2023
+    python forward_forward.py --weights results/forward_forward/mnist-seed1337.npz digit.png   # what is it?
 
 The first one ends with these lines, where the processor multiplies bfloat16. Five seeds have 1.12% ± 0.02.
 
@@ -39,6 +40,7 @@ import mnist1d_gen
 import prepro
 import utils
 from kernels import build
+from records import ask
 from records import run as runs
 from records.weights import load_weights, save_weights, weights_path
 
@@ -119,12 +121,9 @@ def ascend(parameter, velocity, gradient, momentum, lr, weight_decay=0.0):
 
 def plain_step(network, images, labels, chance, rate=1):
     """One step of each layer: the losses, and which images one learned from. `chance` samples negatives."""
-    config, n, read = network.config, len(images), []
-    x = write_label(images, torch.full_like(labels, LABELS), config.label_scale)
-    for layer in network.layers:  # a softmax reads what all layers pass on, and says which label looks right
-        read.append(x := unit_rms(layer.forward(x)))
+    config, n = network.config, len(images)
     head = network.head.detach().requires_grad_()
-    logits = torch.cat(read, dim=1) @ head
+    logits = plain_neutral(network, images) @ head
     wrong = sample_negatives(labels, chance, logits.detach() if config.negatives == "hard" else None)
 
     losses, unsure = [], torch.zeros(n, dtype=torch.bool)
@@ -138,6 +137,14 @@ def plain_step(network, images, labels, chance, rate=1):
     lr, decay = rate * config.head_lr, config.head_weight_decay
     ascend(network.head, network.head_velocity, of_head / n, config.momentum, lr, decay)
     return np.array(losses), unsure
+
+
+def plain_neutral(network, images):
+    """What all layers pass on (n, layers * width) of images without a label. A softmax reads it."""
+    x, read = write_label(images, torch.full((len(images),), LABELS), network.config.label_scale), []
+    for layer in network.layers:
+        read.append(x := unit_rms(layer.forward(x)))
+    return torch.cat(read, dim=1)
 
 
 def plain_pass(network, inputs, labels, shape, seed, number, unsure):
@@ -155,7 +162,7 @@ def plain_pass(network, inputs, labels, shape, seed, number, unsure):
 
 
 def plain_read_out(network, images):
-    """Each layer's logit for each label (layers, n, 10); the answer is the label with the highest sum."""
+    """Each layer's logit for each label (layers, n, 10). READ_OUTS makes an answer of them."""
     config, logits = network.config, []
     for label in range(LABELS):
         x = write_label(images, torch.full((len(images),), label), config.label_scale)
@@ -163,6 +170,46 @@ def plain_read_out(network, images):
             logits.append(GOODNESS[config.goodness](h := layer.forward(x), config.threshold))
             x = unit_rms(h)
     return torch.stack(logits).view(LABELS, len(network.layers), -1).permute(1, 2, 0)
+
+
+def plain_look(network, images):
+    """Of images, the layers' logits (layers, n, 10) and those of the softmax (n, 10)."""
+    return plain_read_out(network, images), plain_neutral(network, images) @ network.head
+
+
+def per_spread(logits):
+    """Logits (n, 10), each row divided by its standard deviation: so two kinds of logits can be added."""
+    return logits / logits.std(dim=1, keepdim=True).clamp(min=1e-6)
+
+
+READ_OUTS = {  # from what a look finds: the label with the highest value is the answer
+    "all": lambda layers, softmax: layers.sum(dim=0),
+    "skip-first": lambda layers, softmax: layers[len(layers) > 1 :].sum(
+        dim=0
+    ),  # as Hinton; a single one counts
+    "softmax": lambda layers, softmax: softmax,
+    "all-softmax": lambda layers, softmax: per_spread(layers.sum(dim=0)) + per_spread(softmax),
+    "shifted": None,  # `all`, averaged over SHIFTS of the image
+}
+SHIFTS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
+
+
+def answers_of(layers, softmax):
+    """name -> (n, 10) of every read-out but `shifted`, from logits (layers, n, 10) and softmax (n, 10)."""
+    return {name: answer(layers, softmax) for name, answer in READ_OUTS.items() if answer}
+
+
+def read_outs(network, images, shape=None, look=plain_look):
+    """name -> (n, 10) of every read-out; `shifted`, which is five times the work, only with a `shape`."""
+    answers = answers_of(*look(network, images))
+    if shape:
+        every = torch.arange(len(images), device=images.device)
+        looks = [answers["all"]]
+        for move in SHIFTS[1:]:
+            shifts = torch.tensor([move], device=images.device).expand(len(images), 2)
+            looks.append(look(network, shift(images.view(-1, *shape), every, shifts))[0].sum(dim=0))
+        answers["shifted"] = sum(looks) / len(SHIFTS)
+    return answers
 
 
 def sample_negatives(labels, chance, logits=None):
@@ -286,7 +333,6 @@ GOODNESS_DEFAULTS = {
 }
 
 DATA = ("mnist", "mnist16", "usps", "strokes", "mnist1d")
-READ_OUTS = ("all", "skip-first", "softmax")
 whole, real = functools.partial(utils.number, int), functools.partial(utils.number, float)
 FLAGS = {  # field of the config -> its choices or type, and what it is
     "data": (DATA, "mnist has 28x28 pixels; mnist16, usps and strokes have 16x16; mnist1d has signals"),
@@ -311,7 +357,7 @@ FLAGS = {  # field of the config -> its choices or type, and what it is
     "head_lr": (real(0, 1e6), "learning rate of the softmax"),
     "head_weight_decay": (real(0, below=1), "of the softmax"),
     "precision": (("auto", "fp32", "bf16"), "of matrix products; auto: bf16 where the processor has it"),
-    "read_out": (READ_OUTS, "which layers' goodness gives the answer, or the softmax in one forward pass"),
+    "read_out": (tuple(READ_OUTS), "what gives the answer: layers' goodness, the softmax, or both"),
 }
 
 
@@ -322,8 +368,9 @@ def make_config(preset="ours", data="mnist", **changes):
     if data == "mnist1d":  # its signals are no images
         config = config._replace(jitter=0)
     config = config._replace(**changes)
-    if data == "mnist1d" and config.jitter:
-        raise utils.BadRequest("--jitter moves images: leave it out with --data mnist1d")
+    if data == "mnist1d" and (config.jitter or config.read_out == "shifted"):
+        flag = "--jitter" if config.jitter else "--read-out shifted"
+        raise utils.BadRequest(f"{flag} moves images: leave it out with --data mnist1d")
     return config
 
 
@@ -623,12 +670,9 @@ def read_out(network, inputs, at_a_time=500):
     return torch.cat(logits, dim=1), torch.cat(softmax)
 
 
-def evaluate(network, inputs, labels, way="all"):
-    """The cross-entropy of the answers, the misses, and the misses of every way to read out."""
-    logits, softmax = read_out(network, inputs)
-    answers = {"all": logits.sum(dim=0), "skip-first": logits[1:].sum(dim=0), "softmax": softmax}
-    if len(logits) == 1:
-        answers["skip-first"] = answers["all"]  # there is no other layer
+def evaluate(network, inputs, labels, way="all", shape=None):
+    """The cross-entropy of the answers, the misses, and the misses of every read-out (`read_outs`)."""
+    answers = read_outs(network, inputs, shape, read_out)
     misses = {name: int((answer.argmax(dim=1) != labels).sum()) for name, answer in answers.items()}
     loss = float(F.cross_entropy(answers[way].double(), labels))
     return loss, misses[way], misses
@@ -696,10 +740,12 @@ def train(config, seed, splits, shape, engine, threads=1, device="cpu", progress
                 where = f"seed {seed}: the loss of a layer is not finite after pass {number + 1}"
                 raise utils.RunFailed(f"{where}: training diverged; try a lower --lr")
             records.append({"pass": number + 1, "split": "running", **running, "presentations": shown})
-            # The training and the test set are evaluated once, at the end.
-            for split in splits if number + 1 == config.passes else {"validation"} & splits.keys():
-                n = len(splits[split][1])
-                loss, misses, of_all = evaluate(network, *splits[split], config.read_out)
+            # The training and the test set are evaluated once, at the end; `shifted`, too, if it can wait.
+            last = number + 1 == config.passes
+            for split in splits if last else {"validation"} & splits.keys():
+                n, moved = len(splits[split][1]), config.read_out == "shifted" or (last and split != "train")
+                given = *splits[split], config.read_out, shape if moved else None
+                loss, misses, of_all = evaluate(network, *given)
                 record = runs.evaluation(number + 1, split, loss, misses, n) | {"presentations": shown}
                 records.append(record | {"errors": {way: 100 * count / n for way, count in of_all.items()}})
         return records, network
@@ -721,6 +767,22 @@ def load_network(path, engine=None, device="cpu"):
     for layer in network.layers:
         layer.weights_lowp.copy_(layer.weights)
     return network
+
+
+def answer(args):
+    """Print which digits the pictures show, by the read-out of the config; beside it the softmax's shares."""
+    network = load_network(args.weights)
+    config, side = network.config, 28 if network.config.data == "mnist" else 16
+    digits, how = ask.read_digits(args.image, config.data, side)
+    with torch.inference_mode():
+        answers = read_outs(network, normalise(torch.from_numpy(digits)), (side, side))
+    shares = answers["softmax"].softmax(dim=1)
+    for path, way, digit, values, own in zip(args.image, how, digits, answers[config.read_out], shares):
+        first, second = values.topk(2).indices.tolist()
+        sentence = f"a {first} by the read-out '{config.read_out}', and then {second}; the softmax is "
+        sentence += f"{own.max():.1%} sure of a {own.argmax()}"
+        cells = [f"{value:8.2f}  {share:6.1%}" for value, share in zip(values, own)]
+        ask.show(path, way, digit, sentence, cells, own.tolist())
 
 
 def plot(network, run, seed, splits, shape, title):
@@ -763,7 +825,9 @@ def parse_flags(argv):
         flag(f"--{field.replace('_', '-')}", help=f"{words} (default: {usual})", **how)
     utils.add_run_flags(parser, utils.ROOT / "results" / "forward_forward")
     parser.add_argument("--figures", default=True, action=argparse.BooleanOptionalAction, help="draw figures")
+    ask.add_flags(parser)
     args = parser.parse_args(argv)
+    ask.check_flags(parser, args)
     changes = {field: value for field in FLAGS if (value := getattr(args, field)) is not None}
     return args, changes | {"precision": pick_precision(args.precision or "auto", args.device)}
 
@@ -771,6 +835,8 @@ def parse_flags(argv):
 @utils.exit_status
 def main(argv=None):
     args, changes = parse_flags(argv)
+    if args.weights:
+        return answer(args)
     config = make_config(args.preset, **changes)
     usual = make_config(args.preset, config.data, goodness=config.goodness)._replace(goodness="ssq")
     if args.smoke:

@@ -14,6 +14,7 @@ those before it:
     python modern.py --change all --seeds 20          # all five, and a figure of them
     python modern.py --train-size 50000 --passes 100  # more data, and more passes over them
     python modern.py --device cuda --seeds 256        # 256 seeds trained as one computation
+    python modern.py --weights results/modern/mnist-seed1337.npz digit.png    # which digit is that?
 
 The numbers above are Karpathy's; nothing was tuned here. Published results: `softmax` to `more-data-modern`
 in reference/karpathy2022.toml. His losses are those of the last training example; ours are of whole splits.
@@ -37,8 +38,8 @@ import prepro
 import repro
 import utils
 from kernels.convnet1989 import State
+from records import ask, tables, weights
 from records import run as runs
-from records import tables, weights
 from repro import Parameters
 
 torch, F = utils.Lazy("torch"), utils.Lazy("torch.nn.functional")
@@ -356,6 +357,18 @@ def confidences(outputs, loss):
     return 1 / np.exp(outputs - highest[:, None]).sum(axis=1)
 
 
+def answer(args):
+    """Print which digits the pictures show, and how sure the network is of each label."""
+    config, parameters, _ = repro.load_network(args.weights, "convnet1989, modern")
+    digits, how = ask.read_digits(args.image, config["data"])
+    images = torch.from_numpy(repro.add_border(2 * digits - 1))
+    outputs = forward(map(torch.from_numpy, parameters), images, config)
+    shares = (1 + outputs) / 2 if config["loss"] == "mse" else outputs.softmax(dim=1)
+    for path, way, digit, own in zip(args.image, how, digits, shares.numpy()):
+        sentence = f"a {own.argmax()}, {own.max():.1%} sure"
+        ask.show(path, way, digit, sentence, [f"{share:6.1%}" for share in own], own)
+
+
 def plot(run, replicas, splits, seed):
     """Plot learning curves of all seeds on file; misses (surest first) and kernels of the first trained."""
     from records import figures
@@ -425,7 +438,9 @@ def parse_flags(argv):
     utils.add_run_flags(parser, utils.ROOT / "results" / "modern")
     text = "plot figures (default: --figures)"
     parser.add_argument("--figures", default=True, action=argparse.BooleanOptionalAction, help=text)
+    ask.add_flags(parser)
     args = parser.parse_args(argv)
+    ask.check_flags(parser, args)
     return args, {name: getattr(args, name) for name in CHANGES[0] if getattr(args, name) is not None}
 
 
@@ -442,6 +457,8 @@ def used(change, changes):
 @utils.exit_status
 def main(argv=None):
     args, changes = parse_flags(argv)
+    if args.weights:
+        return answer(args)
     numbers = range(len(CHANGES)) if args.change == "all" else [int(args.change)]
     of_changes = [used(change, changes) for change in numbers]
     if unused := set(changes).difference(*of_changes):

@@ -60,19 +60,24 @@ class Digits(NamedTuple):
 def build_mnist(root, draw, train_size=TRAIN_SIZE):
     """MNIST, bilinear to 16x16 without antialiasing, drawn as Karpathy's prepro.py draws it."""
     import torch
-    import torch.nn.functional as F
 
     generator = np.random.RandomState(MNIST_SEED)
     splits, arrays = read_mnist(root), {}
     for split in ("test", "train") if draw == "test-first" else ("train", "test"):
         images, labels = splits[split]
         chosen = generator.permutation(len(labels))[: train_size if split == "train" else TEST_SIZE]
-        images = images[chosen].float()[:, None] / 127.5 - 1
-        images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=False)
-        arrays[split] = images[:, 0].numpy(), labels[chosen].numpy()
+        arrays[split] = shrink(images[chosen]).numpy(), labels[chosen].numpy()
     how = {"data": "mnist", "draw": draw, "seed": MNIST_SEED, "resize": "bilinear, no antialiasing"}
     how |= {"sources": find_sources("mnist", root), "torch": torch.__version__}
     return Digits(*arrays["train"], *arrays["test"], how)
+
+
+def shrink(images):
+    """Digits (n, 16, 16) from -1 to 1 of MNIST's (n, 28, 28), a tensor of grey levels from 0 to 255."""
+    import torch.nn.functional as F
+
+    images = images.float()[:, None] / 127.5 - 1
+    return F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=False)[:, 0]
 
 
 def read_mnist(root):

@@ -7,6 +7,7 @@ and is tested on 2,007 others. A preset settles what the paper leaves open:
     python repro.py --data usps --preset recovered      # fitted to the paper's numbers, on USPS
     python repro.py --data usps --preset literal        # the paper as it is written
     python repro.py --data usps --seeds 100             # a hundred seeds, for error bars
+    python repro.py --weights results/repro/mnist-seed1337.npz digit.png    # which digit is that?
 
 Expected last lines of `python repro.py` (MNIST, seed 1337; 5 s on two cores of an AMD EPYC without AVX-512):
 
@@ -31,8 +32,8 @@ import prepro
 import utils
 from kernels import build
 from kernels.convnet1989 import Convnet1989
+from records import ask, weights
 from records import run as runs
-from records import weights
 
 torch, F = utils.Lazy("torch"), utils.Lazy("torch.nn.functional")
 
@@ -387,6 +388,13 @@ def rejected_for(error, outputs, labels):
     return float(rejected[enough[0]]) if len(enough) else 100.0
 
 
+def gap_for(error, outputs, labels):
+    """How far apart the two highest outputs are at least that `rejected_for` accepts; infinity for none."""
+    second, first = np.sort(outputs, axis=1)[:, -2:].T
+    rejected = round(rejected_for(error, outputs, labels) / 100 * len(labels))
+    return float(np.append(np.sort(first - second), np.inf)[rejected])
+
+
 def errors_when_rejecting(outputs, labels, percents=range(31)):
     """The errors among the accepted digits, in percent, when 0, 1, ... 30 percent are rejected."""
     rejected, errors = rejection_curve(outputs, labels)
@@ -413,6 +421,32 @@ def title_of(config, preset):
     """The digits and the preset, for a title."""
     words = [config["data"], config.get("draw"), preset if preset != "karpathy" else None]
     return ", ".join(word for word in words if word)
+
+
+def load_network(path, kind="convnet1989"):
+    """The config, the Parameters and the gap in saved weights, or BadRequest; modern.py's have no gap."""
+    config, _, arrays = weights.load_weights(path, kind)
+    gap, expected = arrays.pop("gap", None), init_parameters(0, KARPATHY)._asdict()
+    shapes = [{name: array.shape for name, array in own.items()} for own in (arrays, expected)]
+    if shapes[0] != shapes[1]:
+        raise utils.BadRequest(f"{path} is damaged (not the arrays of this network): train the network anew")
+    return config, Parameters(**arrays), gap
+
+
+def answer(args):
+    """Print which digits the pictures show, and whether the paper's rule rejects them."""
+    config, parameters, gap = load_network(args.weights)
+    digits, how = ask.read_digits(args.image, config["data"])
+    outputs = TorchEngine(config).compute_outputs(parameters, add_border(2 * digits - 1))
+    for path, way, digit, own in zip(args.image, how, digits, outputs):
+        second, first = np.argsort(own)[-2:]
+        sentence = f"a {first}, with an output of {own[first]:.2f}, and then {second}, with {own[second]:.2f}"
+        ask.show(path, way, digit, sentence, [f"{output:5.2f}" for output in own], (own.clip(-1, 1) + 1) / 2)
+        if gap is not None:
+            rule = "rejects" if own[first] - own[second] < gap else "accepts"
+            about = f"of test digits {gap:.2f} apart or more, at most 1% were missed"
+            about = about if np.isfinite(gap) else "more than 1% of its surest test digits were missed"
+            print(f"  The paper's rule {rule} it: {about}.")
 
 
 def plot(run, parameters, engine, splits, title, seed):
@@ -466,7 +500,9 @@ def parse_flags(argv):
     utils.add_run_flags(parser, utils.ROOT / "results" / "repro")
     text = "plot figures (default: --figures)"
     parser.add_argument("--figures", default=True, action=argparse.BooleanOptionalAction, help=text)
+    ask.add_flags(parser)
     args = parser.parse_args(argv)
+    ask.check_flags(parser, args)
     changes = {name: getattr(args, name) for name in KARPATHY if getattr(args, name) is not None}
     optimizer = {**KARPATHY, **PRESETS[args.preset], **changes}["optimizer"]
     unused = set(changes) & set({"sgd": ("eta", "mu", "sample"), "sdlm": ("lr",)}[optimizer])
@@ -478,6 +514,8 @@ def parse_flags(argv):
 @utils.exit_status
 def main(argv=None):
     args, changes = parse_flags(argv)
+    if args.weights:
+        return answer(args)
     digits = prepro.load_digits(args.data, args.draw, args.data_root)
     where = {key: value for key, value in digits.provenance.items() if key in ("data", "draw")}
     config, preset = make_config(args.preset, **where, **changes), make_config(args.preset, **where)
@@ -501,6 +539,8 @@ def main(argv=None):
         def train_and_save(seed, progress):
             records, parameters = train(config, seed, splits, engine, progress)
             where, arrays = weights.weights_path(path, seed), parameters._asdict()
+            images, labels = splits["test"]
+            arrays["gap"] = np.array(gap_for(1.0, engine.compute_outputs(parameters, images), labels))
             weights.save_weights(where, "convnet1989", config, run.data_sha256, arrays)
             return records, parameters
 

@@ -253,7 +253,9 @@ def evaluate(config, splits, read_out, activities, last_batch=None):
         wrong = ff.sample_negatives(labels, torch.from_numpy(chance).to(labels.device))
         shown, squares = {"right": labels, "wrong": wrong}, {"right": 0, "wrong": 0}
         logits = torch.cat([read_out(pixels[part]) for part in slices(n)], dim=1)
-        answers = {"all": logits.sum(dim=0), "first": logits[0], "skip-first": logits[1:].sum(dim=0)}
+        answers = {way: ff.READ_OUTS[way](logits, None) for way in ("all", "skip-first")} | {
+            "first": logits[0]
+        }
         missed = {way: own.argmax(dim=1) != labels for way, own in answers.items()}
         loss = float(F.cross_entropy(answers[config["read_out"]].double(), labels))
         own, fired = missed[config["read_out"]], 0

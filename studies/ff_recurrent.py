@@ -131,17 +131,17 @@ def batch_gradients(network, images, labels, chosen, before, chance, generator):
 
 
 def answer(network, images):
-    """way -> logits (n, 10): the goodness of every label, and the softmax that reads the first states."""
+    """forward_forward.answers_of every layer's goodness, and of the softmax, which reads the first states."""
     n, labels = len(images), torch.arange(ff.LABELS, device=images.device)
     below, states = bottom_up(network, images)
     _, softmax = read_softmax(network, [ff.unit_rms(state).to(images.dtype) for state in states])
     top, below = top_layer(labels.repeat_interleave(n), images.dtype), below.repeat(ff.LABELS, 1)
-    states, goodness = [state.repeat(ff.LABELS, 1) for state in states], 0.0
+    states, goodness = [state.repeat(ff.LABELS, 1) for state in states], 0.0  # (layers, labels * n)
     for iteration in range(1, network.config.last_read + 1):
         states = iterate(network, below, states, top)[0]
         if iteration >= network.config.first_read:
-            goodness += sum(state.square().sum(dim=1) for state in states)
-    return {"goodness": goodness.view(ff.LABELS, n).T, "softmax": softmax}
+            goodness += torch.stack([state.square().sum(dim=1) for state in states])
+    return ff.answers_of(goodness.view(-1, ff.LABELS, n).transpose(1, 2), softmax)
 
 
 def train(config, seed, splits, engine, progress):

@@ -1,9 +1,9 @@
 """The digits of the page: a drawing becomes 16x16 pixels as in 1989, and hands to train and test with.
 
-`normalise` is what page/normalise.js does in the browser, written a second time; a test holds the two against
-each other. The paper cut a digit of about 40x60 pixels out of its envelope and fitted it into 16x16 pixels by
-a linear transformation that keeps its proportions. The digits that are now known as USPS were also set
-upright, so that is done here, too.
+`normalise` of datasets/pictures.py is what page/normalise.js does in the browser, written a second time; a
+test holds the two against each other. The paper cut a digit of about 40x60 pixels out of its envelope and
+fitted it into 16x16 pixels by a linear transformation that keeps its proportions. The digits that are now
+known as USPS were also set upright, so that is done here, too.
 """
 
 import numpy as np
@@ -11,45 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from datasets import strokes
+from datasets.pictures import normalise  # noqa: F401 (the page's studies take it from here)
 
 SIDE = 112  # pixels of the page's drawing board, and of a digit of MNIST enlarged four times
-FINE = 4  # points that are averaged for a pixel of the 16x16, in each direction
-STEEPEST = 1.0  # slant that is still undone: 45 degrees
-
-
-def normalise(ink):
-    """Digits (n, 16, 16) from -1 to 1 of `ink` (n, height, width) from 0 to 1: upright, fitted, centred."""
-    n, height, width = ink.shape
-    y = torch.arange(height, dtype=torch.float64)[:, None]
-    x = torch.arange(width, dtype=torch.float64)
-    ink = ink.double()
-    mass = ink.sum(dim=(1, 2)).clamp(min=1e-9)
-    middle_y, middle_x = (ink * y).sum(dim=(1, 2)) / mass, (ink * x).sum(dim=(1, 2)) / mass
-    dy, dx = y - middle_y[:, None, None], x - middle_x[:, None, None]
-    slant = (ink * dy * dx).sum(dim=(1, 2)) / (ink * dy * dy).sum(dim=(1, 2)).clamp(min=1e-9)
-    slant = slant.clamp(-STEEPEST, STEEPEST)[:, None, None]
-
-    # The envelope of the upright digit: the least and greatest u = x - slant * dy, and y, where there is ink.
-    inked = ink >= 0.5
-    upright = x - slant * dy
-    low_u = upright.masked_fill(~inked, torch.inf).amin(dim=(1, 2)) - 0.5
-    high_u = upright.masked_fill(~inked, -torch.inf).amax(dim=(1, 2)) + 0.5
-    rows = y.expand(n, height, width)
-    low_y = rows.masked_fill(~inked, torch.inf).amin(dim=(1, 2)) - 0.5
-    high_y = rows.masked_fill(~inked, -torch.inf).amax(dim=(1, 2)) + 0.5
-    step = torch.maximum(high_u - low_u, high_y - low_y) / (16 * FINE)  # between two points, in pixels
-
-    places = torch.arange(16 * FINE, dtype=torch.float64) - (16 * FINE - 1) / 2
-    read_y = ((low_y + high_y)[:, None] / 2 + step[:, None] * places)[:, :, None]
-    read_u = ((low_u + high_u)[:, None] / 2 + step[:, None] * places)[:, None, :]
-    read_x = read_u + slant * (read_y - middle_y[:, None, None])
-    where = torch.stack(
-        torch.broadcast_tensors(2 * read_x / (width - 1) - 1, 2 * read_y / (height - 1) - 1), -1
-    )
-    where = where.nan_to_num(2, 2, 2).float()  # of a blank sheet, somewhere outside
-    ink = ink[:, None].float()
-    points = F.grid_sample(ink, where, mode="bilinear", padding_mode="zeros", align_corners=True)
-    return 2 * F.avg_pool2d(points, FINE)[:, 0] - 1
 
 
 def bitmaps(images):

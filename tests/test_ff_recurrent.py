@@ -127,15 +127,14 @@ def test_iterations_are_synchronous_and_keep_three_tenths_of_a_state():
         for state, own in zip(states, expected):
             torch.testing.assert_close(state.double(), own.detach(), rtol=1e-5, atol=1e-5)
     logits = study.answer(network, images)
-    assert list(logits) == ["goodness", "softmax"]  # the first is the answer
+    assert list(logits) == ["all", "skip-first", "softmax", "all-softmax"]  # the first is the answer
     softmax = first @ network.head.double()
     torch.testing.assert_close(logits["softmax"].double(), softmax.detach(), rtol=1e-5, atol=1e-5)
     for label in (0, 7):  # iterations 3 to 5
         found, _ = naive(network, *parameters(network), images, torch.full_like(labels, label))
-        goodness = sum(h.square().sum(dim=1) for _, states in found[2:5] for h in states)
-        torch.testing.assert_close(
-            logits["goodness"][:, label].double(), goodness.detach(), rtol=1e-5, atol=0
-        )
+        for way, first in ("all", 0), ("skip-first", 1):
+            goodness = sum(h.square().sum(dim=1) for _, states in found[2:5] for h in states[first:])
+            torch.testing.assert_close(logits[way][:, label].double(), goodness.detach(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.quick
@@ -171,8 +170,8 @@ def test_smoke_gives_the_same_bytes_with_any_number_of_threads(on_strokes, tmp_p
         run = read_run(tmp_path / threads / "recurrent-scaled-fp32.jsonl")
         record = run.records[1338][-1]
         assert run.script == "ff_recurrent" and (record["split"], record["n"]) == ("test", 400)
-        assert record["errors"].keys() == {"goodness", "softmax"}
-        assert record["error"] == record["errors"]["goodness"]
+        assert record["errors"].keys() == {"all", "skip-first", "softmax", "all-softmax"}
+        assert record["error"] == record["errors"]["all"]
         texts.append(run.path.read_bytes())
     assert texts[0] == texts[1]
     assert "| recurrent-scaled-fp32 | 30-30 | 2 |" in capsys.readouterr().out

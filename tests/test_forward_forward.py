@@ -590,6 +590,9 @@ def test_a_network_begins_as_described():
     assert not first.head.any() and not first.head_velocity.any()
 
 
+SHAPE = (2, 17)  # of INPUTS as an image; the label has the first ten
+
+
 @quick
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("goodness", ff.GOODNESS)
@@ -599,16 +602,66 @@ def test_every_way_to_read_out_is_the_plain_one(engine, goodness, layers):
     logits = ff.plain_read_out(doubled(network), images.double())
     found, softmax = ff.read_out(network, images, 7)
     torch.testing.assert_close(found.double(), logits, rtol=1e-5, atol=1e-4)
-    expected = {"all": logits.sum(dim=0), "softmax": softmax_of(doubled(network), images.double())}
+    expected = ff.read_outs(doubled(network), images.double(), SHAPE)
+    assert list(expected) == list(ff.READ_OUTS)
     torch.testing.assert_close(softmax.double(), expected["softmax"], rtol=1e-5, atol=1e-5)
-    expected["skip-first"] = logits[1:].sum(dim=0) if layers > 1 else expected["all"]
+    torch.testing.assert_close(expected["softmax"], softmax_of(doubled(network), images.double()))
     true = {way: int((answers.argmax(dim=1) != labels).sum()) for way, answers in expected.items()}
     for way, answers in expected.items():
-        loss, misses, of_all = ff.evaluate(network, images, labels, way)
+        loss, misses, of_all = ff.evaluate(network, images, labels, way, SHAPE)
         assert loss == pytest.approx(F.cross_entropy(answers, labels).item(), rel=1e-4)
         assert of_all == true and misses == true[way]
-    if layers > 1:
-        assert len({ff.evaluate(network, images, labels, way)[0] for way in expected}) == 3
+    assert set(ff.READ_OUTS) - ff.evaluate(network, images, labels)[2].keys() == {"shifted"}
+    losses = {ff.evaluate(network, images, labels, way, SHAPE)[0] for way in expected}
+    assert len(losses) == (5 if layers > 1 else 4)  # one layer is not left out
+
+
+def brute_force(network, image):
+    """By loops over labels, layers and places, in NumPy: read-out -> 10 numbers."""
+    config, head = network.config, network.head.numpy()
+    layers = [(layer.weights.numpy(), layer.biases.numpy()) for layer in network.layers]
+
+    def look(image, code):
+        x, logits, passed_on = np.concatenate([config.label_scale * np.array(code), image[10:]]), [], []
+        for weights, biases in layers:
+            h = np.array([max(0, x @ column + bias) for column, bias in zip(weights.T, biases)])
+            logits.append(sum(h * h) - config.threshold * len(h))
+            passed_on += [x := h / np.sqrt(sum(h * h) / len(h))]
+        return logits, np.concatenate(passed_on) @ head
+
+    def goodness(image, first=0):
+        return np.array([sum(look(image, np.eye(10)[label])[0][first:]) for label in range(10)])
+
+    def moved(down, right):
+        whole, image_of = np.zeros(SHAPE), image.reshape(SHAPE)
+        for row, column in np.ndindex(SHAPE):
+            if 0 <= row + down < SHAPE[0] and 0 <= column + right < SHAPE[1]:
+                whole[row + down, column + right] = image_of[row, column]
+        return whole.ravel()
+
+    found = {"all": goodness(image), "skip-first": goodness(image, min(1, len(layers) - 1))}
+    found["softmax"] = look(image, [0.1] * 10)[1]
+    found["all-softmax"] = sum(found[way] / np.std(found[way], ddof=1) for way in ("all", "softmax"))
+    places = (0, 0), (0, 1), (1, 0), (0, -1), (-1, 0)
+    return found | {"shifted": np.mean([goodness(moved(*place)) for place in places], axis=0)}
+
+
+@quick
+@pytest.mark.parametrize("layers", [1, 3])
+def test_read_outs_are_what_they_say(layers):
+    network = doubled(network_of(CONFIG._replace(layers=layers)))
+    images = examples(6)[0].double()
+    found = ff.read_outs(network, images, SHAPE)
+    for number, image in enumerate(images.numpy()):
+        for way, answers in brute_force(network, image).items():
+            # unit_rms adds 1e-8 to squares, which changes the answers by 4e-7
+            np.testing.assert_allclose(found[way][number], answers, rtol=1e-6, atol=4e-6, err_msg=way)
+    # What is compared has to differ, and an untrained softmax has no spread.
+    ways = list(found.values())
+    alike = [(a, b) for a in range(5) for b in range(a) if torch.allclose(ways[a], ways[b], rtol=1e-3)]
+    assert alike == ([] if layers > 1 else [(1, 0)])
+    network.head.zero_()
+    assert ff.read_outs(network, images)["all-softmax"].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # weights_lowp is to be loaded, too
@@ -813,7 +866,8 @@ def test_a_run_writes_what_it_should(finished):
             assert len(record["layer_losses"]) == len(record["layer_errors"]) == 2
             assert 0 < record["softmax_error"] < 100 and min(record["layer_losses"]) > 0
         for record in records[2:]:
-            assert set(record["errors"]) == set(ff.READ_OUTS) and record["n"] == 500
+            ways = set(ff.READ_OUTS) - ({"shifted"} if record["split"] == "train" else set())
+            assert set(record["errors"]) == ways and record["n"] == 500
             assert record["errors"]["all"] == record["error"] == 100 * record["misses"] / record["n"]
     session = finished.sessions[-1]
     assert session["threads"] == 1 and session["engine"] in ("c", "torch") and session["device"] == "cpu"
@@ -827,7 +881,8 @@ def test_the_weights_written_have_the_errors_recorded(finished):
     assert load_weights(path, "forward_forward")[:2] == (finished.config, finished.data_sha256)
     for record in finished.records[8][2:]:
         x, y = strokes()[0][record["split"]]
-        loss, misses, of_all = ff.evaluate(network, x[:500], y[:500])
+        shape = (16, 16) if record["split"] == "test" else None
+        loss, misses, of_all = ff.evaluate(network, x[:500], y[:500], shape=shape)
         assert (loss, misses) == (record["loss"], record["misses"])
         assert {way: 100 * count / 500 for way, count in of_all.items()} == record["errors"]
 
@@ -866,6 +921,7 @@ def test_validation_never_looks_at_the_test_split(tmp_path, monkeypatch):
     assert [r["n"] for r in first.records[1337] if r["split"] == "validation"] == [300, 300]
     assert all(r["error"] == r["errors"]["softmax"] for r in first.records[1337] if "errors" in r)
     assert (first.config["validation"], first.config["read_out"]) == (300, "softmax")
+    assert ["shifted" in r["errors"] for r in first.records[1337] if "errors" in r] == [False, False, True]
 
     def ruined(*given):
         digits = load(*given)
@@ -877,6 +933,12 @@ def test_validation_never_looks_at_the_test_split(tmp_path, monkeypatch):
     assert other.records == first.records and other.data_sha256 != first.data_sha256
 
 
+def test_a_shifted_answer_is_looked_for_whenever_there_is_an_answer(tmp_path):
+    found = run(tmp_path / "run", "--validation", 300, "--read-out", "shifted")
+    evaluated = [record for record in found.records[1337] if "errors" in record]
+    assert len(evaluated) == 3 and all(r["error"] == r["errors"]["shifted"] for r in evaluated)
+
+
 def test_mnist1d_has_no_pictures_of_examples(tmp_path, capsys):
     flags = ["--data", "mnist1d", "--smoke", "--width", "40", "--threads", "1", "--quiet"]
     found = run(tmp_path / "run", quick=flags)
@@ -885,6 +947,8 @@ def test_mnist1d_has_no_pictures_of_examples(tmp_path, capsys):
     capsys.readouterr()
     assert ff.main([*flags, "--jitter", "1", "--out", str(tmp_path / "other")]) == 2
     one_sentence(capsys.readouterr().err, "--jitter", "mnist1d")
+    assert ff.main([*flags, "--read-out", "shifted", "--out", str(tmp_path / "other")]) == 2
+    one_sentence(capsys.readouterr().err, "--read-out shifted", "mnist1d")
     assert not (tmp_path / "other").exists()
 
 

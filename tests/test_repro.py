@@ -313,7 +313,7 @@ def test_a_run_writes_what_it_should(tmp_path, capsys):
     # The saved weights give the last evaluation, and say of which network and config they are.
     where = tmp_path / "strokes-seed7.npz"
     saved_config, sha256, arrays = weights.load_weights(where, "convnet1989")
-    assert saved_config == run.config and sha256 == run.data_sha256
+    assert saved_config == run.config and sha256 == run.data_sha256 and arrays.pop("gap").shape == ()
     built = prepro.build_strokes()
     images, labels = repro.add_border(built.test_images[:500]), built.test_labels[:500]
     p = repro.Parameters(**arrays)
