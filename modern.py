@@ -43,7 +43,7 @@ from records import run as runs
 from repro import Parameters
 
 torch, F = utils.Lazy("torch"), utils.Lazy("torch.nn.functional")
-chance = utils.Lazy("kernels.chance")
+chance, waves = utils.Lazy("kernels.chance"), utils.Lazy("records.waves")
 
 # The config holds every choice that decides the result. A change lists where it differs from the one before.
 
@@ -167,6 +167,11 @@ def evaluate(outputs, labels, loss):
     return float((log_sums - shifted[np.arange(len(labels)), labels]).mean()), misses
 
 
+def encode(labels, loss):
+    """Targets (n, 10) for labels (n,): +1 and -1 for mse, probabilities for cross-entropy."""
+    return repro.place_code(labels) if loss == "mse" else np.eye(10, dtype=np.float32)[labels]
+
+
 def train(config, seeds, splits, engine, progress=lambda n: None, every_pass=True):
     """Train a replica for each seed, and return seed -> its records, and the replicas.
 
@@ -175,7 +180,7 @@ def train(config, seeds, splits, engine, progress=lambda n: None, every_pass=Tru
     """
     replicas, records = engine(seeds), {seed: [] for seed in seeds}
     images, labels = splits["train"]
-    targets = repro.place_code(labels) if config["loss"] == "mse" else np.eye(10, dtype=np.float32)[labels]
+    targets = encode(labels, config["loss"])
     for number in range(1, config["passes"] + 1):
         lr = decayed_lr(config, number)
         for start in range(0, len(images), replicas.at_a_time):  # in parts, so that the bar moves
@@ -271,22 +276,39 @@ class CReplica:
         return [self.own]
 
 
+def variant_of(config):
+    """What the kernels in C and CUDA are compiled for."""
+    chosen = {name: config[name] for name in ("activation", "optimizer", "shift")}
+    return {"loss": config["loss"].replace("-", "_"), **chosen}
+
+
 def pick_engine(name, device, config):
     """A function `engine(seeds)` that makes the replicas for a list of seeds; in C, of a single seed."""
-    network = repro.compile_network(
-        name,
-        device,
-        loss=config["loss"].replace("-", "_"),
-        activation=config["activation"],
-        optimizer=config["optimizer"],
-        shift=config["shift"],
-        dropout=config["dropout"] > 0,
-        batch_size=config["batch_size"],
-    )
+    more = {"dropout": config["dropout"] > 0, "batch_size": config["batch_size"]}
+    network = repro.compile_network(name, device, **variant_of(config), **more)
     if network:
         return functools.partial(CReplica, config, network)
     repro.prepare_torch(device)
     return functools.partial(TorchReplicas, config, device)
+
+
+def pick_gpu(name, device, config):
+    """The network on a GPU (records/waves.py) for the engine `name`, or None if PyTorch or C is to train."""
+    lacking = None if config["batch_size"] == 1 else f"--batch-size {config['batch_size']}"
+    names = "dropout", "shift_pixels", "beta1", "beta2", "epsilon", "weight_decay"
+    more = {each: config[each] for each in names}
+    return repro.load_gpu(name, device, lacking, **variant_of(config), **more)
+
+
+def train_wave(config, seeds, splits, gpu, progress=lambda n: None):
+    """`train`, with one thread block of a GPU for each seed: seed -> records, and the replicas."""
+    start = [init_parameters(seed, config) for seed in seeds]
+    targets = {split: encode(labels, config["loss"]) for split, (_, labels) in splits.items()}
+
+    def rates(number, *_):
+        return decayed_lr(config, number)
+
+    return gpu.train(seeds, start, splits, targets, config["passes"], rates, progress)
 
 
 def engine_facts(engine, device):
@@ -306,28 +328,38 @@ def run_change(change, args, changes, digits, splits):
     usual = {**usual, "lr": make_config(change, **where)["lr"]}
     if args.smoke:
         config |= {"passes": min(config["passes"], 2), "smoke_digits": 500}
-    engine = pick_engine(args.engine, args.device, config)
-    in_c, facts = engine.func is CReplica, engine_facts(engine, args.device)
+    gpu = pick_gpu(args.engine, args.device, config)
+    engine = None if gpu else pick_engine(args.engine, args.device, config)
+    in_c = not gpu and engine.func is CReplica
+    facts = gpu.facts() if gpu else engine_facts(engine, args.device)
     words = [config["data"], *([config["draw"]] if config.get("draw") == "train-first" else [])]
     words += [f"change{change}"] if change != len(CHANGES) - 1 else []
-    path = runs.path_of(args, words, config, usual, **facts)
+    path = runs.path_of(args, words, config, usual, facts["engine"], args.device)
     threads, seeds = min(args.threads, args.seeds) if in_c else 1, range(args.seed, args.seed + args.seeds)
     with runs.open_run(path, "modern", config, digits.sha256(), log=True, threads=threads, **facts) as run:
+
+        def save(seed, parameters):
+            where, arrays = weights.weights_path(path, seed), parameters._asdict()
+            weights.save_weights(where, "convnet1989, modern", config, run.data_sha256, arrays)
 
         def train_and_save(own, progress):
             started = time.perf_counter()
             records, replicas = train(config, own, splits, engine, progress)
             run.add(records, time.perf_counter() - started)
             for seed, parameters in zip(own, replicas.parameters()):
-                where, arrays = weights.weights_path(path, seed), parameters._asdict()
-                weights.save_weights(where, "convnet1989, modern", config, run.data_sha256, arrays)
+                save(seed, parameters)
             return replicas
 
-        jobs = [[seed] for seed in seeds] if in_c else [list(seeds)]
         total = len(seeds) * config["passes"] * len(splits["train"][1])
-        trained = runs.in_parallel(train_and_save, jobs, threads, total, args.quiet, "digit")
+        if gpu:
+            together = functools.partial(train_wave, config, splits=splits, gpu=gpu)
+            given = run, seeds, gpu.wave, together, save, args.threads, total, args.quiet
+            first = waves.train_waves(*given)
+        else:
+            jobs = [[seed] for seed in seeds] if in_c else [list(seeds)]
+            first = runs.in_parallel(train_and_save, jobs, threads, total, args.quiet, "digit")[0]
     if args.figures:
-        plot(run, trained[0], splits, args.seed)
+        plot(run, first, splits, args.seed)
     if args.change == "all":
         print(f"\n{title_of(config)}")
     runs.report(run, seeds, args.quiet)
@@ -435,7 +467,7 @@ def parse_flags(argv):
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         default = f"by change: {', '.join(values)}" if len(values) > 1 else f"default: {min(values)}"
         flag(f"--{name}", help=f"{text} ({default})", **how)
-    utils.add_run_flags(parser, utils.ROOT / "results" / "modern")
+    utils.add_run_flags(parser, utils.ROOT / "results" / "modern", cuda=True)
     text = "plot figures (default: --figures)"
     parser.add_argument("--figures", default=True, action=argparse.BooleanOptionalAction, help=text)
     ask.add_flags(parser)

@@ -36,6 +36,7 @@ from records import ask, weights
 from records import run as runs
 
 torch, F = utils.Lazy("torch"), utils.Lazy("torch.nn.functional")
+waves = utils.Lazy("records.waves")
 
 
 # The network. All units of a feature map share their weights; each unit has a bias of its own.
@@ -155,10 +156,14 @@ def train(config, seed, splits, engine, progress=lambda n: None, every_pass=True
         for split, digits in splits.items() if every_pass or number == config["passes"] else ():
             loss, misses, outputs = evaluate(engine, parameters, *digits, targets[split])
             records.append(runs.evaluation(number, split, loss, misses, len(outputs)))
-    labels = splits["test"][1]
+    add_rejections(records, outputs, splits["test"][1])
+    return records, parameters
+
+
+def add_rejections(records, outputs, labels):
+    """Add to the last record of a seed what the outputs (n, 10) for the test digits say of rejecting some."""
     records[-1]["rejected"] = rejected_for(1.0, outputs, labels)
     records[-1]["error_of_accepted"] = errors_when_rejecting(outputs, labels)
-    return records, parameters
 
 
 # The config holds every choice that decides the result. A preset lists where it differs from Karpathy's.
@@ -254,11 +259,17 @@ def learning_rates(engine, parameters, images, config, seed, number):
     """The learning rate of pass `number`: a number for SGD, eight arrays eta / (mu + curvature) for SDLM."""
     if config["optimizer"] == "sgd":
         return config["lr"]
-    chosen = np.random.default_rng((seed, number)).permutation(len(images))[: config["sample"]]
-    diagonal = engine.measure_curvature(parameters, images[chosen])
+    diagonal = engine.measure_curvature(
+        parameters, images[digits_of_curvature(len(images), config, seed, number)]
+    )
     with np.errstate(over="ignore"):  # an infinite rate is noticed later, in the weights
         eta, mu = np.float32(config["eta"]), np.float32(config["mu"])
         return [eta / (mu + curvature) for curvature in diagonal]
+
+
+def digits_of_curvature(n, config, seed, number):
+    """Which of n digits SDLM measures the curvature on before pass `number`."""
+    return np.random.default_rng((seed, number)).permutation(n)[: config["sample"]]
 
 
 def measure_curvature(parameters, images, activate, h2_scheme="blocks"):
@@ -344,6 +355,58 @@ def pick_engine(name, device, config):
         reads=None if config["h2_scheme"] == "blocks" else H2_SCHEMES[config["h2_scheme"]],
     )
     return network or TorchEngine(config, device)
+
+
+def train_wave(config, seeds, splits, gpu, progress=lambda n: None):
+    """`train`, for many seeds at once on a GPU: seed -> records, and the replicas with their parameters."""
+
+    def rates(number, replicas, images):
+        if config["optimizer"] == "sgd":
+            return config["lr"]
+        order = np.stack([digits_of_curvature(len(images), config, seed, number) for seed in seeds])
+        curvature = replicas.stack.measure_curvature(images, replicas.tensor(order.astype(np.int32)))
+        return replicas.tensor(np.float32(config["eta"])) / (config["mu"] + curvature)
+
+    start = [init_parameters(seed, config) for seed in seeds]
+    targets = {split: place_code(labels, config["target"]) for split, (_, labels) in splits.items()}
+    lower = "--lr" if config["optimizer"] == "sgd" else "--eta"
+    given = seeds, start, splits, targets, config["passes"], rates, progress, lower
+    records, replicas = gpu.train(*given)
+    images, labels = splits["test"]
+    for seed, outputs in zip(seeds, replicas.compute_outputs(images)):
+        add_rejections(records[seed], outputs, labels)
+    return records, replicas
+
+
+def pick_gpu(name, device, config):
+    """The network on a GPU (records/waves.py) for the engine `name`, or None if PyTorch or C is to train."""
+    return load_gpu(
+        name,
+        device,
+        None if config["h2_scheme"] == "blocks" else f"--h2-scheme {config['h2_scheme']}",
+        loss="mse",
+        activation="scaled_tanh" if config["activation"] == "scaled" else "tanh",
+        optimizer="sgd_rates" if config["optimizer"] == "sdlm" else "sgd",
+    )
+
+
+def load_gpu(engine, device, lacking, **variant):
+    """A Gpu, or None if PyTorch or C is to train; `lacking` is what the config has and the kernel has not."""
+    by_name = engine.startswith("cuda")
+    if by_name and device != "cuda":
+        raise utils.BadRequest(f"--engine {engine} computes on a GPU only: add --device cuda")
+    if device != "cuda" or not by_name and engine != "auto":
+        return None
+    utils.require_device(device)
+    try:
+        if lacking:
+            raise build.Unavailable(f"it is not made for {lacking}")
+        return waves.Gpu("fast" if engine == "cuda-fast" else "ieee", **variant)
+    except build.Unavailable as error:
+        if by_name:
+            raise utils.BadRequest(f"--engine {engine}: {error}; use --engine torch instead") from error
+        notice(f"No kernel for the GPU: {error}. PyTorch trains instead, which takes many times as long.")
+    return None
 
 
 @functools.cache
@@ -497,7 +560,7 @@ def parse_flags(argv):
         values = dict.fromkeys(str({**KARPATHY, **own}[name.replace("-", "_")]) for own in PRESETS.values())
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         flag(f"--{name}", help=f"{text} (by preset: {', '.join(values)})", **how)
-    utils.add_run_flags(parser, utils.ROOT / "results" / "repro")
+    utils.add_run_flags(parser, utils.ROOT / "results" / "repro", cuda=True)
     text = "plot figures (default: --figures)"
     parser.add_argument("--figures", default=True, action=argparse.BooleanOptionalAction, help=text)
     ask.add_flags(parser)
@@ -522,7 +585,8 @@ def main(argv=None):
     if args.smoke:
         preset |= {"passes": 2, "smoke_digits": 500}
         config |= {"passes": min(config["passes"], 2), "smoke_digits": 500}
-    engine = pick_engine(args.engine, args.device, config)
+    gpu = pick_gpu(args.engine, args.device, config)
+    engine = gpu or pick_engine(args.engine, args.device, config)
     threads = min(args.threads, args.seeds) if isinstance(engine, Convnet1989) else 1
     splits = border_splits(digits, config.get("smoke_digits"))
     if config["order"] == "shuffled":
@@ -530,24 +594,34 @@ def main(argv=None):
     words = [config["data"], *([config["draw"]] if config.get("draw") == "train-first" else [])]
     words += [args.preset] if args.preset != "karpathy" else []
     facts = {"engine": "c" if isinstance(engine, Convnet1989) else "torch", "device": args.device}
-    path = runs.path_of(args, words, config, preset, **facts)
+    facts |= gpu.facts() if gpu else {}
+    path = runs.path_of(args, words, config, preset, facts["engine"], args.device)
     seeds, title = range(args.seed, args.seed + args.seeds), title_of(config, args.preset)
     if args.figures:  # matplotlib takes half a second to import, and C trains meanwhile
         threading.Thread(target=importlib.import_module, args=["records.figures"]).start()
     with runs.open_run(path, "repro", config, digits.sha256(), log=True, threads=threads, **facts) as run:
 
-        def train_and_save(seed, progress):
-            records, parameters = train(config, seed, splits, engine, progress)
+        def save(seed, parameters):
             where, arrays = weights.weights_path(path, seed), parameters._asdict()
             images, labels = splits["test"]
             arrays["gap"] = np.array(gap_for(1.0, engine.compute_outputs(parameters, images), labels))
             weights.save_weights(where, "convnet1989", config, run.data_sha256, arrays)
+
+        def train_and_save(seed, progress):
+            records, parameters = train(config, seed, splits, engine, progress)
+            save(seed, parameters)
             return records, parameters
 
         total = len(seeds) * config["passes"] * len(splits["train"][1])
-        trained = runs.train_seeds(run, seeds, train_and_save, threads, total, args.quiet)
+        if gpu:
+            together = functools.partial(train_wave, config, splits=splits, gpu=gpu)
+            given = run, seeds, gpu.wave, together, save, args.threads, total, args.quiet
+            first = waves.train_waves(*given).parameters()[0]
+        else:
+            trained = runs.train_seeds(run, seeds, train_and_save, threads, total, args.quiet)
+            first = trained[0][1]
     if args.figures:
-        plot(run, trained[0][1], engine, splits, title, args.seed)
+        plot(run, first, engine, splits, title, args.seed)
     runs.report(run, seeds, args.quiet)
 
 

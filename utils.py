@@ -140,16 +140,20 @@ def folder(text):
     return path
 
 
-def add_run_flags(parser, results, seed=1337, seeds=1):
-    """Add the flags that mean the same in every script and study. `results` is the default of --out."""
+def add_run_flags(parser, results, seed=1337, seeds=1, cuda=False):
+    """Add the flags that mean the same in every script and study. `results` is the default of --out.
+
+    `cuda`: whether the script has a kernel for CUDA, so that it may be asked for.
+    """
     whole = functools.partial(number, int)
     flag = parser.add_argument_group("run").add_argument
     flag("--seed", default=seed, type=whole(at_least=0, at_most=2**31), help=f"first seed (default: {seed})")
     flag("--seeds", default=seeds, type=whole(1, 10**6), help=f"how many seeds (default: {seeds})")
     flag("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="where to train (default: cpu)")
+    kernels = "C on a CPU, our kernel on a GPU" if cuda else "C on a CPU"
     flag(
-        "--engine", default="auto", choices=("auto", "c", "torch"),
-        help="which code trains; auto: C on a CPU if it can be compiled, else PyTorch (default: auto)",
+        "--engine", default="auto", choices=("auto", "c", *["cuda", "cuda-fast"] * cuda, "torch"),
+        help=f"which code trains; auto: {kernels}, where it can be compiled, else PyTorch (default: auto)",
     )  # fmt: skip
     flag("--threads", default=cores(), type=whole(1, 1024), help=f"threads (default: all cores, {cores()})")
     flag("--smoke", action="store_true", help="run every step in seconds, on a few digits, to test the code")

@@ -19,98 +19,110 @@ from kernels import build
 # No product and sum may fuse but where the source says so: then a GPU computes the bits of the C build.
 IEEE = ("--fmad=false",)
 FAST = ("--use_fast_math",)
-# From the driver's header, cuda.h
-MULTIPROCESSORS, CAPABILITY_MAJOR, CAPABILITY_MINOR, SHARED_BYTES_OF_A_BLOCK = 16, 75, 76, 97
-LARGEST_SHARED_BYTES, SHARED_SHARE_IN_PERCENT = 8, 9
 
 
-class LaunchFailed(RuntimeError):
-    """A kernel could not be launched, or failed; the message is one sentence."""
+class Failed(build.Unavailable):
+    """The driver could not do what it was asked for, or a kernel failed; the message is one sentence."""
 
 
-class Kernels:
-    """The kernels of `source` on one GPU, each launched with a block of `threads` threads for each replica.
+class Device:
+    """PyTorch's current GPU, as the driver knows it; `card` is its name.
 
-    `defines` (name -> value) choose the variant, and `flags` are NVRTC's. The source has a constant int
-    shared_bytes: the shared memory of a block. Raises build.Unavailable where there is no driver or compiler,
-    or where the GPU has too little shared memory.
+    Raises build.Unavailable where there is no driver, or PyTorch finds no GPU.
     """
 
-    def __init__(self, source, names, defines, flags=IEEE, threads=128, device=None):
-        self._driver, self.threads = load_driver(), threads
+    def __init__(self):
+        self._driver = load_driver()
         try:
             torch.cuda.init()
         except (RuntimeError, AssertionError) as error:
             raise build.Unavailable(f"PyTorch finds no GPU ({str(error).splitlines()[0]})") from error
-        self.index = torch.cuda.current_device() if device is None else device
-        self._device, self._context, self._module = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cuDeviceGet", ctypes.byref(self._device), self.index)
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)  # PyTorch's
-        self._call("cuCtxSetCurrent", self._context)
-        text = ctypes.create_string_buffer(256)
-        self._call("cuDeviceGetName", text, len(text), self._device)
-        self.card = text.value.decode()
-        architecture = 10 * self._attribute(CAPABILITY_MAJOR) + self._attribute(CAPABILITY_MINOR)
-        code = machine_code(source, defines, flags, architecture)
-        self._call("cuModuleLoadData", ctypes.byref(self._module), code)
-        self.shared_bytes, most = self.constant("shared_bytes"), self._attribute(SHARED_BYTES_OF_A_BLOCK)
-        if self.shared_bytes > most:
+        self.index = torch.cuda.current_device()
+        self._device, self._context = ctypes.c_int(), ctypes.c_void_p()
+        self.call("cuDeviceGet", ctypes.byref(self._device), self.index)
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)  # PyTorch's
+        name = ctypes.create_string_buffer(256)
+        self.call("cuDeviceGetName", name, len(name), self._device)
+        self.card = name.value.decode()
+        self.multiprocessors = self._attribute(16)  # the numbers are those of the driver's header, cuda.h
+        self.architecture = 10 * self._attribute(75) + self._attribute(76)
+        self.shared_bytes = self._attribute(97)  # of a block that asks for more than the usual 48 KB
+        self.shared_bytes_in_all = self._attribute(81)  # of a multiprocessor
+
+    def place(self):
+        """Where PyTorch's tensors for this GPU belong."""
+        return torch.device("cuda", self.index)
+
+    def stream(self):
+        return ctypes.c_void_p(torch.cuda.current_stream(self.index).cuda_stream)
+
+    def call(self, function, *arguments):
+        """Call the driver; Failed, with its words, where it does not succeed."""
+        # PyTorch's context is to be the current one, and a new thread has none.
+        status = self._driver.cuCtxSetCurrent(self._context) if self._context else 0
+        if status := status or getattr(self._driver, function)(*arguments):
+            words = [ctypes.c_char_p(), ctypes.c_char_p()]
+            self._driver.cuGetErrorName(status, ctypes.byref(words[0]))
+            self._driver.cuGetErrorString(status, ctypes.byref(words[1]))
+            said = ", ".join((word.value or b"unknown").decode() for word in words)
+            raise Failed(f"the NVIDIA driver fails in {function} ({said})")
+
+    def _attribute(self, number):
+        value = ctypes.c_int()
+        self.call("cuDeviceGetAttribute", ctypes.byref(value), number, self._device)
+        return value.value
+
+
+class Kernels:
+    """The kernels of `source` on a Device, each launched with a block of `threads` threads for each replica.
+
+    `defines` (name -> value) choose the variant, and `flags` are NVRTC's. The source has a constant int
+    shared_bytes: the shared memory of a block. Raises build.Unavailable where there is no compiler, or where
+    the GPU has too little shared memory.
+    """
+
+    def __init__(self, device, source, names, defines, flags=IEEE, threads=128):
+        self.device, self.threads, self._module = device, threads, ctypes.c_void_p()
+        code = machine_code(source, defines, flags, device.architecture)
+        device.call("cuModuleLoadData", ctypes.byref(self._module), code)
+        self.shared_bytes = self.constant("shared_bytes")
+        if self.shared_bytes > device.shared_bytes:
             needs = f"the kernel needs {self.shared_bytes:,} bytes of shared memory a block"
-            raise build.Unavailable(f"{needs}, and {self.card} has {most:,}")
+            raise build.Unavailable(f"{needs}, and {device.card} has {device.shared_bytes:,}")
         self._functions = {name: ctypes.c_void_p() for name in names}
         for name, function in self._functions.items():
-            self._call("cuModuleGetFunction", ctypes.byref(function), self._module, name.encode())
-            self._call("cuFuncSetAttribute", function, LARGEST_SHARED_BYTES, self.shared_bytes)
-            self._call("cuFuncSetAttribute", function, SHARED_SHARE_IN_PERCENT, 100)
+            device.call("cuModuleGetFunction", ctypes.byref(function), self._module, name.encode())
+            device.call("cuFuncSetAttribute", function, 8, self.shared_bytes)  # more than 48 KB
+            device.call("cuFuncSetAttribute", function, 9, 100)  # percent of the cache, for shared memory
 
     def constant(self, name):
         """The value of a constant int of the source."""
         address, size, value = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_int()
         where = ctypes.byref(address), ctypes.byref(size)
-        self._call("cuModuleGetGlobal_v2", *where, self._module, name.encode())
-        self._call("cuMemcpyDtoH_v2", ctypes.byref(value), address, ctypes.c_size_t(ctypes.sizeof(value)))
+        self.device.call("cuModuleGetGlobal_v2", *where, self._module, name.encode())
+        size = ctypes.c_size_t(ctypes.sizeof(value))
+        self.device.call("cuMemcpyDtoH_v2", ctypes.byref(value), address, size)
         return value.value
-
-    def _attribute(self, number):
-        value = ctypes.c_int()
-        self._call("cuDeviceGetAttribute", ctypes.byref(value), number, self._device)
-        return value.value
-
-    def _call(self, function, *arguments):
-        """Call the driver; build.Unavailable where it fails."""
-        if status := getattr(self._driver, function)(*arguments):
-            raise build.Unavailable(f"the NVIDIA driver fails in {function}: {self._describe(status)}")
-
-    def _describe(self, status):
-        """What the driver says of an error: its name and a few words."""
-        words = []
-        for function in ("cuGetErrorName", "cuGetErrorString"):
-            text = ctypes.c_char_p()
-            getattr(self._driver, function)(status, ctypes.byref(text))
-            words.append((text.value or b"unknown").decode())
-        return ", ".join(words)
 
     def resident_blocks(self, name):
         """How many blocks of a kernel the whole GPU holds at a time: a wave of replicas."""
-        blocks = ctypes.c_int()
-        given = self._functions[name], self.threads, ctypes.c_size_t(self.shared_bytes)
-        self._call("cuOccupancyMaxActiveBlocksPerMultiprocessor", ctypes.byref(blocks), *given)
-        return blocks.value * self._attribute(MULTIPROCESSORS)
+        blocks, given = ctypes.c_int(), (self._functions[name], self.threads, self.shared_bytes)
+        self.device.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", ctypes.byref(blocks), *given)
+        return blocks.value * self.device.multiprocessors
 
     def launch(self, name, replicas, job):
         """Run a kernel, one block for each replica, on the struct `job`, and wait until all have finished.
 
         Waiting costs microseconds and a launch takes milliseconds; it makes Ctrl-C take effect between two
-        launches, and an error show where it happened.
+        launches, and an error show where it happened. Failed where the kernel fails.
         """
-        driver, arguments = self._driver, (ctypes.c_void_p * 1)(ctypes.addressof(job))
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self.index).cuda_stream)
+        arguments, stream = (ctypes.c_void_p * 1)(ctypes.addressof(job)), self.device.stream()
         sizes = replicas, 1, 1, self.threads, 1, 1, self.shared_bytes
-        # A thread has no context until it calls CUDA for the first time.
-        status = driver.cuCtxSetCurrent(self._context)
-        status = status or driver.cuLaunchKernel(self._functions[name], *sizes, stream, arguments, None)
-        if status := status or driver.cuStreamSynchronize(stream):
-            raise LaunchFailed(f"the kernel {name} failed on {self.card}: {self._describe(status)}")
+        try:
+            self.device.call("cuLaunchKernel", self._functions[name], *sizes, stream, arguments, None)
+            self.device.call("cuStreamSynchronize", stream)
+        except Failed as error:
+            raise Failed(f"the kernel {name} cannot be run on {self.device.card}: {error}") from error
 
 
 def load_driver():

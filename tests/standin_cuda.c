@@ -43,6 +43,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
         case 16: *value = standin_multiprocessors; break;
         case 75: *value = standin_capability / 10; break;
         case 76: *value = standin_capability % 10; break;
+        case 81: *value = standin_shared_bytes + 1024; break;
         case 97: *value = standin_shared_bytes; break;
         default: return INVALID_VALUE;
     }

@@ -5,16 +5,28 @@ build of the same source; PyTorch's tensors stay on the CPU. What needs a GPU is
 """
 
 import ctypes
+import json
+import os
 import shutil
+import signal
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import one_sentence
 
-from kernels import build, cuda
+import forward_forward
+import modern
+import prepro
+import repro
+import utils
+from kernels import build, cuda, stack1989
+from records import run as runs
+from records import waves, weights
+from studies import more_data
 
 pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 needs_nvrtc = pytest.mark.skipif(
@@ -84,17 +96,22 @@ def card(monkeypatch):
         "current_device": 0,
         "current_stream": SimpleNamespace(cuda_stream=0),
         "get_device_name": "Stand-in",
+        "mem_get_info": (10**9, 10**9),
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(cuda.Device, "place", lambda self: torch.device("cpu"))
+    utils.environment.cache_clear()
     card = Card(library)
     for name, value in (USUAL | {"job_bytes": ctypes.sizeof(Job)}).items():
         setattr(card, name, value)
-    return card
+    yield card
+    utils.environment.cache_clear()
 
 
 def c_build(source, defines, flags, architecture):
     """What the stand-in takes for machine code: the path of the C build, which must outlive the module."""
-    return build.library(source, defines)._name.encode()
+    own = {name: value for name, value in defines.items() if name not in ("THREADS", "BLOCKS")}
+    return build.library(source, own, flags=["-ffp-contract=off"])._name.encode()
 
 
 def refused(*parts):
@@ -103,7 +120,8 @@ def refused(*parts):
 
 
 def kernels_of(toy, threads=64, shared_bytes=60_000):
-    return cuda.Kernels(toy, ["add"], {"FACTOR": 3, "SHARED": shared_bytes}, (), threads)
+    defines = {"FACTOR": 3, "SHARED": shared_bytes}
+    return cuda.Kernels(cuda.Device(), toy, ["add"], defines, threads=threads)
 
 
 # The loader
@@ -138,10 +156,10 @@ def test_a_launch_that_fails_is_one_sentence(card, toy):
     kernels, sums = kernels_of(toy), torch.zeros(3, dtype=torch.float64)
     card.fail_at = 1
     kernels.launch("add", 3, Job(sums.data_ptr(), 1))
-    with pytest.raises(cuda.LaunchFailed) as caught:
+    with pytest.raises(cuda.Failed) as caught:
         kernels.launch("add", 3, Job(sums.data_ptr(), 1))
     one_sentence(str(caught.value), "kernel add", "Stand-in", "CUDA_ERROR_ILLEGAL_ADDRESS", "error 700")
-    with pytest.raises(cuda.LaunchFailed, match="error 1 "):
+    with pytest.raises(cuda.Failed, match="error 1 "):
         kernels.launch("add", 0, Job(sums.data_ptr(), 1))
 
 
@@ -242,3 +260,326 @@ def test_a_machine_without_nvrtc(toy, monkeypatch):
         monkeypatch.setattr(torch.version, "cuda", version)
         with refused(f"NVRTC, the compiler of CUDA {version[:2]}, is not found: pip install {wheel}"):
             cuda.machine_code(toy, DEFINES, [], 90)
+
+
+# Whole runs on the stand-in, against the C build
+
+
+@pytest.fixture
+def gpu(card):
+    """The stand-in, for kernels/stack1989.c: 2 multiprocessors of 4 blocks each."""
+    card.job_bytes = ctypes.sizeof(stack1989.Job)
+    return card
+
+
+FLAGS = ["--data", "strokes", "--device", "cuda", "--smoke", "--no-figures", "--quiet"]
+
+
+def main(script, out, *flags, status=0):
+    assert script.main([*FLAGS, "--out", str(out), *map(str, flags)]) == status
+
+
+def strokes(n=500):
+    """split -> bordered images and labels, as --smoke trains on them."""
+    return repro.border_splits(prepro.build_strokes(), n)
+
+
+def train_in_c(seeds, start, splits, targets, passes, rates, **variant):
+    """The records of each seed, and the Stack1989 after training, with the C build and nothing else of ours."""
+    stack = stack1989.Stack1989(seeds, **variant)
+    stack.set_parameters(stack1989.pack(map(np.stack, zip(*start))))
+    tensors = {s: (torch.tensor(x), torch.tensor(targets[s])) for s, (x, _) in splits.items()}
+    records = {seed: [] for seed in seeds}
+    for number in range(1, passes + 1):
+        stack.train_pass(*tensors["train"], rates(number, stack))
+        for split, (images, answers) in tensors.items():
+            for seed, loss, misses in zip(
+                seeds, *(each.tolist() for each in stack.evaluate(images, answers))
+            ):
+                n = len(images)
+                records[seed].append(
+                    {"seed": seed, "pass": number, "split": split, "loss": loss / n}
+                    | {"error": 100 * misses / n, "misses": misses, "n": n}
+                )
+    return records, stack
+
+
+def assert_same(run, kind, records, stack):
+    """The run's records and weights are those of the C build, bit for bit."""
+    assert run.records == records
+    for seed, own in zip(records, stack.parameters()):
+        _, _, arrays = weights.load_weights(weights.weights_path(run.path, seed), kind)
+        assert np.array_equal(np.concatenate([array.ravel() for array in arrays.values()]), own)
+
+
+@pytest.mark.parametrize("preset", ["karpathy", "recovered", "literal"])
+def test_repro_trains_as_the_c_build(preset, gpu, tmp_path):
+    main(repro, tmp_path, "--engine", "cuda", "--preset", preset, "--seeds", 3, "--order", "shuffled")
+    name = "strokes" + f"-{preset}" * (preset != "karpathy") + "-ordershuffled-cuda"
+    run = runs.read_run(tmp_path / f"{name}.jsonl")
+    config, seeds, splits = run.config, [1337, 1338, 1339], strokes()
+    order = repro.shuffled(500)
+    splits["train"] = tuple(array[order] for array in splits["train"])
+    targets = {split: repro.place_code(labels, config["target"]) for split, (_, labels) in splits.items()}
+    scaled, sdlm = preset == "literal", preset != "karpathy"
+
+    def rates(number, stack):
+        if not sdlm:
+            return 0.03
+        chosen = [np.random.default_rng((seed, number)).permutation(500)[:500] for seed in seeds]
+        curvature = stack.measure_curvature(torch.tensor(splits["train"][0]), torch.tensor(np.int32(chosen)))
+        return torch.tensor(np.float32(config["eta"]) / (np.float32(config["mu"]) + curvature.numpy()))
+
+    records, stack = train_in_c(
+        seeds, [repro.init_parameters(seed, config) for seed in seeds], splits, targets, 2, rates,
+        activation="scaled_tanh" if scaled else "tanh", optimizer="sgd_rates" if sdlm else "sgd",
+    )  # fmt: skip
+    images, labels = splits["test"]
+    for own, outputs in zip(records.values(), stack.outputs(torch.tensor(images)).numpy()):
+        own[-1]["rejected"] = repro.rejected_for(1.0, outputs, labels)
+        own[-1]["error_of_accepted"] = repro.errors_when_rejecting(outputs, labels)
+    assert_same(run, "convnet1989", records, stack)
+    (session,) = run.sessions
+    facts = {"engine": "cuda", "device": "cuda", "build": "ieee", "wave": 8, "gpu": "Stand-in"}
+    assert facts.items() <= session.items()
+
+
+@pytest.mark.parametrize("change", range(5))
+def test_modern_trains_as_the_c_build(change, gpu, tmp_path):
+    main(modern, tmp_path, "--change", change, "--seeds", 2, "--seed", 5)
+    (path,) = tmp_path.glob("*.jsonl")
+    run, splits, seeds = runs.read_run(path), strokes(), [5, 6]
+    config = modern.make_config(change, "strokes")
+    code = repro.place_code if change == 0 else lambda labels: np.eye(10, dtype=np.float32)[labels]
+    records, stack = train_in_c(
+        seeds, [modern.init_parameters(seed, config) for seed in seeds], splits,
+        {split: code(labels) for split, (_, labels) in splits.items()}, 2,
+        lambda number, _: (config["lr"], config["final_lr"])[number - 1],
+        loss=config["loss"].replace("-", "_"), dropout=config["dropout"],
+        **{name: config[name] for name in ("activation", "optimizer", "shift")},
+    )  # fmt: skip
+    assert_same(run, "convnet1989, modern", records, stack)
+
+
+def read(folder):
+    """The only Run in a folder."""
+    (path,) = folder.glob("*.jsonl")
+    assert path.name.endswith("-cuda.jsonl")
+    return runs.read_run(path)
+
+
+def in_waves(gpu, monkeypatch, wave=2):
+    """Let the card hold so few replicas, and return the list of the waves that are trained."""
+    gpu.multiprocessors, trained, train = 1, [], waves.Gpu.train
+    gpu.shared_bytes = wave * (waves.SHARED_BYTES + 1024) - 1024
+    monkeypatch.setattr(waves.Gpu, "train", lambda self, own, *a: trained.append(own) or train(self, own, *a))
+    return trained
+
+
+@pytest.mark.parametrize("script", [repro, modern], ids=["repro", "modern"])
+def test_more_seeds_than_fit_are_trained_in_waves(script, gpu, tmp_path, monkeypatch):
+    """Neither the waves nor the threads that write change a byte."""
+    flags = ["--seeds", 5, *["--change", 0] * (script is modern)]
+    main(script, tmp_path / "whole", *flags)
+    trained = in_waves(gpu, monkeypatch)
+    main(script, tmp_path / "waves", *flags, "--threads", 1)
+    assert trained == [[1337], [1338, 1339], [1340, 1341]]
+    assert read(tmp_path / "waves").sessions[0]["wave"] == 2
+    for path in (tmp_path / "whole").iterdir():
+        if path.suffix in (".jsonl", ".log", ".npz"):
+            assert (tmp_path / "waves" / path.name).read_bytes() == path.read_bytes()
+    assert len(list((tmp_path / "waves").glob("*.npz"))) == 5
+
+
+def test_seeds_are_cut_evenly():
+    assert waves.cut(range(7, 8), 100) == [[7]]
+    for n, wave in ((528, 528), (529, 528), (1000, 132), (7, 2)):
+        parts = waves.cut(range(n), wave)
+        sizes = [len(part) for part in parts]
+        assert sum(parts, []) == list(range(n)) and len(parts) == -(-n // wave)
+        assert max(sizes) <= wave and max(sizes) - min(sizes) <= 1
+
+
+def test_an_interrupted_run_keeps_its_waves_and_goes_on(gpu, tmp_path, monkeypatch, capsys):
+    main(repro, tmp_path / "whole", "--seeds", 4)
+    trained, add = in_waves(gpu, monkeypatch), runs.Run.add
+
+    def interrupt(run, *given):
+        add(run, *given)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(runs.Run, "add", interrupt)
+    main(repro, tmp_path / "cut", "--seeds", 4, status=130)
+    one_sentence(capsys.readouterr().err, "interrupted")
+    assert list(read(tmp_path / "cut").records) == [1337, 1338] and trained == [[1337, 1338], [1339, 1340]]
+    monkeypatch.setattr(runs.Run, "add", add)
+    main(repro, tmp_path / "cut", "--seed", 1339, "--seeds", 2)
+    for name in ("strokes-cuda.jsonl", "strokes-cuda.log", "strokes-cuda-seed1340.npz"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_launch_that_fails_keeps_the_waves_before_it(gpu, tmp_path, monkeypatch, capsys):
+    in_waves(gpu, monkeypatch)
+    main(modern, tmp_path, "--change", 0, "--seeds", 2)
+    gpu.fail_at, gpu.launches = gpu.launches + 3, 0  # in the second wave
+    main(modern, tmp_path, "--change", 0, "--seed", 1, "--seeds", 4, status=1)
+    said = capsys.readouterr().err
+    one_sentence(
+        said, "modern.py: the kernel", "Stand-in", "ILLEGAL_ADDRESS", "seeds that had finished are kept"
+    )
+    assert list(read(tmp_path).records) == [1, 2, 1337, 1338]
+
+
+@pytest.mark.parametrize(
+    "script, flags, flag",
+    [(modern, ["--change", 0, "--lr", "1e38"], "--lr"), (repro, ["--lr", "1e38"], "--lr"),
+     (repro, ["--optimizer", "sdlm", "--eta", "1e38"], "--eta")],
+)  # fmt: skip
+def test_a_replica_that_diverges_is_named(script, flags, flag, gpu, tmp_path, capsys):
+    main(script, tmp_path, "--seeds", 3, *flags, status=1)
+    one_sentence(capsys.readouterr().err, "seed 1337, pass 1", "no longer finite", f"lower {flag}.")
+
+
+def test_the_replica_that_diverges_is_found(gpu):
+    start = [repro.init_parameters(seed, repro.KARPATHY) for seed in range(3)]
+    start[1].H3b[5] = np.inf
+    splits = {"train": strokes(10)["train"]}
+    targets = {"train": repro.place_code(splits["train"][1])}
+    with pytest.raises(utils.RunFailed, match="^seed 8, pass 1: .*lower --eta$"):
+        waves.Gpu().train([7, 8, 9], start, splits, targets, 1, lambda *_: 0.03, lower="--eta")
+
+
+def test_replicas_that_do_not_fit_into_memory(gpu, tmp_path, monkeypatch, capsys):
+    def zeros(stack, *shape, zeros=stack1989.Stack1989._zeros, **how):
+        if shape[0] > 3 and shape[-1] > 9000:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return zeros(stack, *shape, **how)
+
+    floats = 9812 + 3 * 9760 + 20_000  # of a network in the kernel's layout, copies, and outputs
+    digits = 2 * 500 * (400 + 10) * 4
+    monkeypatch.setattr(stack1989.Stack1989, "_zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (digits + 3 * 4 * floats + 1, 10**9))
+    main(repro, tmp_path, "--seeds", 4, status=1)
+    one_sentence(capsys.readouterr().err, "4 replicas do not fit", "about 3 would", "lower --seeds")
+    main(repro, tmp_path, "--seeds", 3)
+
+
+def test_figures_are_drawn_of_the_first_seed(gpu, tmp_path):
+    for script, names in ((repro, 4), (modern, 3)):
+        main(script, tmp_path / script.__name__, "--figures", "--seeds", 2)
+        pictures = list((tmp_path / script.__name__).glob("*.png"))
+        assert len(pictures) == names and all(path.read_bytes()[1:4] == b"PNG" for path in pictures)
+
+
+def test_outputs_for_the_figures_are_those_of_the_last_evaluation(gpu, tmp_path):
+    main(repro, tmp_path)
+    images, labels = strokes()["test"]
+    _, _, arrays = weights.load_weights(weights.weights_path(read(tmp_path).path, 1337), "convnet1989")
+    outputs = waves.Gpu().compute_outputs(repro.Parameters(**arrays), images)
+    record = read(tmp_path).records[1337][-1]
+    assert int((outputs.argmax(1) != labels).sum()) == record["misses"]
+    loss = np.square(outputs - repro.place_code(labels), dtype=np.float64).mean()
+    assert loss == pytest.approx(record["loss"], rel=1e-6)
+    many = np.concatenate([images] * 3)  # more than in a launch
+    assert np.array_equal(waves.Gpu().compute_outputs(repro.Parameters(**arrays), many)[1000:], outputs)
+
+
+# What cannot be done, in one sentence; a kernel that is asked for by name is never replaced by another engine
+
+
+def refusal(script, flags, out, capsys):
+    assert script.main(["--data", "strokes", "--smoke", "--quiet", "--out", str(out), *flags]) == 2
+    assert not list(out.rglob("*.jsonl"))
+    return capsys.readouterr().err
+
+
+CUDA = ["--device", "cuda", "--engine", "cuda"]
+
+
+@pytest.mark.parametrize(
+    "script, flags, parts",
+    [
+        (repro, ["--engine", "cuda"], ["--engine cuda", "add --device cuda"]),
+        (modern, ["--engine", "cuda-fast", "--device", "cpu"], ["--engine cuda-fast", "add --device cuda"]),
+        (repro, [*CUDA, "--h2-scheme", "random"], ["--engine cuda", "--h2-scheme random", "--engine torch"]),
+        (modern, [*CUDA, "--batch-size", "2"], ["--engine cuda", "--batch-size 2", "--engine torch"]),
+        (repro, ["--device", "cuda", "--engine", "c"], ["--engine c", "--device cuda"]),
+    ],
+)
+def test_what_the_kernel_is_not_made_for(script, flags, parts, gpu, tmp_path, capsys):
+    one_sentence(refusal(script, flags, tmp_path, capsys), *parts)
+
+
+@pytest.mark.parametrize("main", [forward_forward.main, more_data.main])
+def test_scripts_without_a_kernel_refuse_it(main, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--engine", "cuda"])
+    assert stop.value.code == 2
+    one_sentence(capsys.readouterr().err, "--engine", "'cuda'")
+
+
+def broken(what, gpu, monkeypatch):
+    if what == "driver":
+        real = ctypes.CDLL
+
+        def missing(name, *rest):
+            if name == "libcuda.so.1":
+                raise OSError("libcuda.so.1: cannot open shared object file")
+            return real(name, *rest)
+
+        monkeypatch.setattr(ctypes, "CDLL", missing)
+    elif what == "memory":
+        gpu.shared_bytes = 49_152
+    else:
+
+        def fail(*_):
+            raise build.Unavailable("NVRTC, the compiler of CUDA 13, is not found")
+
+        monkeypatch.setattr(cuda, "machine_code", fail)
+
+
+@pytest.mark.parametrize(
+    "what, part",
+    [("driver", "no NVIDIA driver"), ("memory", "Stand-in has 49,152"), ("compiler", "NVRTC, the compiler")],
+)
+def test_a_kernel_that_cannot_be_had(what, part, gpu, tmp_path, monkeypatch, capsys):
+    broken(what, gpu, monkeypatch)
+    for script in (repro, modern):
+        said = refusal(script, CUDA, tmp_path, capsys)
+        one_sentence(said, f"{script.__name__}.py: --engine cuda", part, "--engine torch")
+    repro.notice.cache_clear()
+    config = modern.make_config(4, "strokes")
+    for _ in range(2):  # auto takes PyTorch, and says so once
+        assert modern.pick_gpu("auto", "cuda", config) is None
+    one_sentence(capsys.readouterr().err, "No kernel for the GPU", part, "PyTorch trains instead")
+
+
+def test_auto_is_the_kernel_where_it_is_made_for_the_config(gpu, tmp_path, capsys):
+    main(modern, tmp_path, "--change", 0)
+    (session,) = read(tmp_path).sessions
+    assert (session["engine"], session["build"]) == ("cuda", "ieee")
+    assert modern.pick_gpu("cuda-fast", "cuda", modern.make_config(0)).facts()["build"] == "fast"
+    for name, device in (("torch", "cuda"), ("auto", "cpu"), ("c", "cpu"), ("torch", "cpu")):
+        assert modern.pick_gpu(name, device, modern.make_config(4)) is None
+        assert repro.pick_gpu(name, device, repro.make_config()) is None
+    repro.notice.cache_clear()
+    assert repro.pick_gpu("auto", "cuda", repro.make_config(h2_scheme="random")) is None
+    one_sentence(capsys.readouterr().err, "--h2-scheme random", "PyTorch trains instead")
+
+
+# The network's kernels, compiled
+
+
+def test_the_shape_of_a_block_fits_the_card(gpu, monkeypatch):
+    """Multiprocessors with 228, 164, 100 and 64 KB, as of an H100, an A100, an RTX 4060 and a T4."""
+    compiled = []
+    monkeypatch.setattr(cuda, "machine_code", lambda *given: compiled.append(given[1:3]) or c_build(*given))
+    for kilobytes, blocks, threads in ((228, 4, 192), (164, 2, 256), (100, 1, 384), (64, 1, 384)):
+        gpu.shared_bytes = kilobytes * 1024 - 1024
+        assert waves.Gpu().wave == 2 * blocks
+        defines, flags = compiled[-1]
+        assert (defines["BLOCKS"], defines["THREADS"], flags) == (blocks, threads, cuda.IEEE)
+        assert waves.Gpu()._stack([0]).launcher.threads == threads
+    waves.Gpu("fast")
+    assert compiled[-1][1] == cuda.FAST
+    assert waves.Gpu()._stack([0]).launcher.shared_bytes == waves.SHARED_BYTES
