@@ -87,9 +87,7 @@ class Gpu:
                     try:
                         replicas.stack.train_pass(images, answers, lr)
                     except FloatingPointError as error:
-                        which = f"seed {seeds[replicas.first_diverged()]}, pass {number}"
-                        what = f"a parameter is no longer finite; lower {lower}"
-                        raise utils.RunFailed(f"{which}: {what}") from error
+                        raise utils.RunFailed(f"pass {number}: {error}; lower {lower}") from error
                     progress(len(seeds) * len(images))
                 for split, (images, answers) in digits.items():
                     for seed, loss, misses in zip(seeds, *replicas.evaluate(images, answers)):
@@ -116,13 +114,9 @@ class Replicas:
         return torch.as_tensor(array).to(self.stack.net.device)
 
     def evaluate(self, images, targets):
-        """Each replica's mean loss over images (n, 1, 20, 20) and targets (n, 10), tensors, and its misses."""
+        """Each replica's mean loss over the tensors images (n, 1, 20, 20), targets (n, 10); its misses."""
         losses, misses = self.stack.evaluate(images, targets)
         return (losses / len(images)).tolist(), misses.tolist()
-
-    def first_diverged(self):
-        """The number of the first replica with a parameter that is not finite."""
-        return self.stack.parameters().isfinite().all(dim=1).tolist().index(False)
 
     def compute_outputs(self, images):
         """The outputs (replicas, n, 10) for an array of images (n, 1, 20, 20)."""
@@ -145,8 +139,8 @@ def cut(seeds, wave):
 def train_waves(run, seeds, wave, train, save, threads, total, quiet):
     """Train all seeds, a wave at a time, and write each wave as soon as it is done; the first Replicas.
 
-    `train(seeds, progress=...)` returns seed -> records, and the Replicas; `save(seed, parameters)` is called for
-    each seed, `threads` at a time. `total` is the number of presentations, for the progress bar.
+    `train(seeds, progress=...)` returns seed -> records, and the Replicas; `save(seed, parameters)` is called
+    for each seed, `threads` at a time. `total` is the number of presentations, for the progress bar.
     """
 
     def job(own, progress):

@@ -5,7 +5,7 @@ build of the same source; PyTorch's tensors stay on the CPU. What needs a GPU is
 """
 
 import ctypes
-import json
+import itertools
 import os
 import shutil
 import signal
@@ -285,7 +285,7 @@ def strokes(n=500):
 
 
 def train_in_c(seeds, start, splits, targets, passes, rates, **variant):
-    """The records of each seed, and the Stack1989 after training, with the C build and nothing else of ours."""
+    """The records of each seed and the Stack1989, of the C build and nothing else of this page."""
     stack = stack1989.Stack1989(seeds, **variant)
     stack.set_parameters(stack1989.pack(map(np.stack, zip(*start))))
     tensors = {s: (torch.tensor(x), torch.tensor(targets[s])) for s, (x, _) in splits.items()}
@@ -437,7 +437,7 @@ def test_a_launch_that_fails_keeps_the_waves_before_it(gpu, tmp_path, monkeypatc
 )  # fmt: skip
 def test_a_replica_that_diverges_is_named(script, flags, flag, gpu, tmp_path, capsys):
     main(script, tmp_path, "--seeds", 3, *flags, status=1)
-    one_sentence(capsys.readouterr().err, "seed 1337, pass 1", "no longer finite", f"lower {flag}.")
+    one_sentence(capsys.readouterr().err, "pass 1", "of seed 1337 is no longer finite", f"lower {flag}.")
 
 
 def test_the_replica_that_diverges_is_found(gpu):
@@ -445,7 +445,7 @@ def test_the_replica_that_diverges_is_found(gpu):
     start[1].H3b[5] = np.inf
     splits = {"train": strokes(10)["train"]}
     targets = {"train": repro.place_code(splits["train"][1])}
-    with pytest.raises(utils.RunFailed, match="^seed 8, pass 1: .*lower --eta$"):
+    with pytest.raises(utils.RunFailed, match="^pass 1: .* of seed 8 is no .*; lower --eta$"):
         waves.Gpu().train([7, 8, 9], start, splits, targets, 1, lambda *_: 0.03, lower="--eta")
 
 
@@ -583,3 +583,24 @@ def test_the_shape_of_a_block_fits_the_card(gpu, monkeypatch):
     waves.Gpu("fast")
     assert compiled[-1][1] == cuda.FAST
     assert waves.Gpu()._stack([0]).launcher.shared_bytes == waves.SHARED_BYTES
+
+
+@needs_nvrtc
+def test_nvrtc_compiles_every_variant_and_architecture(cache):
+    """Each of them quickly, as speed is a matter of test_stack1989.py; the code has the constants."""
+    nvrtc, name = cuda.load_nvrtc()
+    quickly = ["--Ofast-compile=max"] * (float(name.split()[1]) >= 12.8)
+    changes = [modern.make_config(change) for change in range(5)]
+    variants = [modern.variant_of(config) | {"dropout": int(config["dropout"] > 0)} for config in changes]
+    variants += [variants[0] | {"activation": "scaled_tanh", "optimizer": "sgd_rates"}]
+    variants += [variants[0] | {"optimizer": "curvature"}]
+    architectures = [75, 80, 86, 89, 90, 100, 120]
+    assert set(architectures) <= set(cuda.supported_architectures(nvrtc))
+    for architecture, variant in zip(architectures, variants, strict=True):
+        defines = {key.upper(): str(value).upper() for key, value in variant.items()}
+        defines |= {"THREADS": 192, "BLOCKS": 1}
+        code = cuda.machine_code(stack1989.SOURCE, defines, [*cuda.IEEE, *quickly], architecture)
+        extra = 9764 * {"sgd": 0, "adamw": 2}.get(variant["optimizer"], 1)
+        orders = itertools.permutations([waves.SHARED_BYTES, 9812, extra])
+        assert any(np.array(order, "<i4").tobytes() in code for order in orders)
+        assert all(b"\0" + kernel.encode() + b"\0" in code for kernel in waves.KERNELS)
