@@ -1,15 +1,15 @@
-// The network of LeCun et al. 1989, trained one digit at a time, for hundreds of replicas at once: C and CUDA.
+// The network of LeCun et al. 1989, trained one digit at a time, hundreds of replicas at once: C and CUDA in one.
 //
-// repro.py says what is right, convnet1989.c is fast on a CPU, and this is for a GPU. One digit gives a GPU too
-// little to do, but hundreds of networks, each at its own digit, do not. So a replica is a block of threads, which
-// keeps the whole network and its activations in the shared memory of a multiprocessor from digit to digit.
+// repro.py says what is right, convnet1989.c is fast on a CPU, and this is for a GPU. One digit gives a GPU far
+// too little to do; hundreds of replicas, each at its own digit, keep it busy. So a replica is a block of threads,
+// which keeps the network and all activations in the shared memory of a multiprocessor from digit to digit.
 //
 // Training is a sequence of phases. A phase is a number of tasks that may run in any order or at the same time,
-// EACH(task, of so many), and ends at a BARRIER, where all wait for all. In CUDA, EACH shares the tasks out among
-// the block's threads; in C it is a plain loop, and the barrier is nothing. So a CPU can run what a GPU runs.
-// Arithmetic is made of operations that IEEE 754 rounds, in an order that is written down here, and compilers
-// are kept from fusing them (gcc -ffp-contract=off, NVRTC -fmad=false): then both give the same bits. NVRTC's
-// -use_fast_math gives up the bits for speed.
+// EACH(task, of how many), and ends at a BARRIER, where every thread waits for all others. In CUDA, EACH shares
+// the tasks out among the threads of the block; in C it is a plain loop, and the barrier is nothing. So any CPU
+// runs the very source that a GPU runs. All arithmetic is made of operations that IEEE 754 rounds, and compilers
+// may not fuse them (gcc -ffp-contract=off, NVRTC -fmad=false), so both give the same bits; only the log in the
+// sum of a cross-entropy is the library's. NVRTC -use_fast_math gives up the bits for speed.
 //
 // One variant is compiled at a time, chosen by -D; a step is taken after each digit:
 //   LOSS        MSE: squashed outputs, mean squared error  |  CROSS_ENTROPY: logits, softmax
@@ -21,19 +21,20 @@
 //   DROPOUT     0  |  1: of H2's outputs, while training
 // and for CUDA alone
 //   THREADS     in a block; the results do not depend on it
-//   BLOCKS      that a multiprocessor is to hold at once, for which the compiler saves registers
+//   BLOCKS      that a multiprocessor is to hold, so that the compiler saves registers
 //
-// The layout. With several blocks on a multiprocessor, what limits them is its shared memory, which gives or
-// takes 32 words a clock, one from each of 32 banks. So
-// - a task holds a tile of sums in registers, and uses what it reads several times, where layers are convolutions;
-// - it reads 16 bytes at a time where it can. The hardware serves eight threads at a time then, and these should
-//   read units of 16 bytes that differ modulo 8, or are the same. So a map of H1 is 148 floats (144 in use), or
-//   37 units, from the next; of its errors and biases, 68 (64); and a part of H2's sums 208 (192). The image is
-//   split into even and odd rows, because neighbours read every other row: 5 units apart, which would be 10.
-//   H2w has the weights of a group's four maps side by side, and 25 units to the next map that they read;
-// - neighbouring tasks share one of their two operands, so that one access may serve both;
-// - what is in global memory (struct extra) lies in the order in which neighbouring tasks take it.
-// Shared memory is what decides how many blocks fit: with up to 57,344 bytes, four on an H100.
+// The layout. With several blocks on a multiprocessor, shared memory is expected to be what they wait for. It gives
+// or takes 32 words a clock, one from each of its 32 banks. Therefore:
+// - A task keeps a tile of sums in registers. Where layers are convolutions, it uses what it reads many times.
+// - A task reads 16 bytes at a time where it can. The hardware then serves eight threads at a time, and the units
+//   of 16 bytes that these read should be distinct modulo 8, or the same. So it is 148 floats, 37 units, from one
+//   map of H1 to the next, of which 144 are in use; 68 (of 64) for its errors and biases; 208 (of 192) for parts of
+//   H2's sums. The rows of the image lie in two halves, even and odd, because a map's neighbouring rows read
+//   every other row: these are 5 units apart, and would be 10. The weights of H2's four maps that read the same
+//   maps lie side by side, and 25 units from the next.
+// - Tasks are numbered so that two neighbours read one of their operands from the same place.
+// - What is in global memory, struct extra, lies in the order in which neighbouring tasks take it.
+// Shared memory also decides how many blocks fit: with at most 57,344 bytes, four on an H100.
 
 #define MSE 1
 #define CROSS_ENTROPY 2
@@ -75,7 +76,7 @@ struct ALIGNED(16) four {
     float x[4];
 };
 
-// Parameters. A group is the four maps of H2 that read the same eight maps of H1.
+// The parameters. A group is the four maps of H2 that read the same eight maps of H1.
 struct network {
     float H1w[12][25];
     float H1b[12][68];
@@ -87,7 +88,7 @@ struct network {
     float outb[12];
 };
 
-// What goes with each parameter: its rate, moment or curvature. ADAMW: one of these for each moment.
+// What goes with each parameter: its rate, a moment (two of these for ADAMW), or its curvature.
 struct extra {
     float H1w[5][12 * 5];       // [kx][task]
     struct four H1b[12 * 16];
@@ -102,29 +103,29 @@ struct extra {
 #define FLOATS(type) ((int)(sizeof(struct type) / sizeof(float)))
 #define EXTRAS (OPTIMIZER == SGD ? 0 : OPTIMIZER == ADAMW ? 2 : 1)
 
-// The shared memory of a replica. An error, d, is the derivative of the loss by a unit's sum of inputs.
+// The shared memory of a block. An error, d, is the derivative of the loss by a unit's sum.
 struct ALIGNED(16) memory {
     struct network net;
     float image[2][10][20];  // [y % 2][y / 2][x], with its border
     float target[12];
     float h1[12][148];  // 12 x 12, with a border of -1
     float h2[192];      // as H3 reads them: after dropout
-    float d2[192];      // before they are known: the slope and dropout that they will be multiplied by
+    float d2[192];      // until they are known: slope and dropout, which will be factors of them
     float h3[32], d3[32];
     float out[12], d[12];
-    union {  // no two of which are in use at a time
+    union {  // of which one is in use at a time
         float part2[8][208], part3[8][32];
         float d1[12][68];
     } u;
 };
 
-// What a launch is given, by value.
+// What a launch is given, by value. A kernel uses only what it needs.
 struct job {
     float *net;            // (replicas, FLOATS(network))
     float *extra;          // (replicas, EXTRAS * FLOATS(extra))
     const float *images;   // (digits, 20, 20), with their border
     const float *targets;  // (digits, 10)
-    const int *order;      // (replicas, n): the digit that each presentation is of, or NULL: 0 to n - 1
+    const int *order;      // (replicas, n): the digits to present, or NULL: 0 to n - 1
     const word *seeds;     // (replicas)
     const float *steps;    // ADAMW, (n, 2): learning rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
     float *outputs;        // evaluate: (replicas, n, 10), or NULL
@@ -132,12 +133,12 @@ struct job {
     long long *misses;     // evaluate: (replicas), likewise
     int *places;           // layout: (2, 9760)
     long long n, presentations;             // of this launch, and before it
-    float lr, shrink, rest1, rest2, epsilon;  // ADAMW: 1 - lr * weight decay, 1 - beta1, 1 - beta2
+    float lr, shrink, rest1, rest2, epsilon;  // ADAMW: 1 - lr * weight_decay, 1 - beta1, 1 - beta2
     float kept;                             // 1 / (1 - dropout)
-    int dropped, shift_pixels;              // 65536 * dropout; at most
+    int dropped, shift_pixels;              // 65536 * dropout; how far, at most
 };
 
-// Copy a few floats to registers or from them, `wide` at a time.
+// Copy `count` floats to registers or from them, `wide` at a time.
 INLINE void read(float *to, const float *from, int count, int wide) {
     UNROLL for (int i = 0; i < count; i += wide) {
         if (wide == 4) {
@@ -248,21 +249,24 @@ INLINE void forward_image(struct memory *s, const struct job *job, long long dig
     BARRIER;
 }
 
-// A task is a row of a map of H1.
+// A task is a row of two maps of H1.
 INLINE void forward_H1(struct memory *s) {
-    EACH(t, 12 * 8) {
-        const int map = 2 * (t / 16) + t % 2, y = t / 2 % 8;
-        float sum[8], field[20];
-        read(sum, &s->net.H1b[map][8 * y], 8, 4);
+    EACH(t, 6 * 8) {
+        const int maps = 2 * (2 * (t / 16) + t % 2), y = t / 2 % 8;
+        float sum[2][8], field[20];
+        UNROLL for (int m = 0; m < 2; m++) read(sum[m], &s->net.H1b[maps + m][8 * y], 8, 4);
         for (int ky = 0; ky < 5; ky++) {
             read(field, s->image[ky % 2][y + ky / 2], 20, 4);
-            UNROLL for (int kx = 0; kx < 5; kx++) {
-                const float weight = s->net.H1w[map][5 * ky + kx];
-                UNROLL for (int x = 0; x < 8; x++) sum[x] = fmaf(weight, field[2 * x + kx], sum[x]);
-            }
+            UNROLL for (int kx = 0; kx < 5; kx++)
+                UNROLL for (int m = 0; m < 2; m++) {
+                    const float weight = s->net.H1w[maps + m][5 * ky + kx];
+                    UNROLL for (int x = 0; x < 8; x++) sum[m][x] = fmaf(weight, field[2 * x + kx], sum[m][x]);
+                }
         }
-        UNROLL for (int x = 0; x < 8; x++) sum[x] = activate(sum[x]);
-        write(&s->h1[map][12 * (y + 2) + 2], sum, 8, 2);
+        UNROLL for (int m = 0; m < 2; m++) {
+            UNROLL for (int x = 0; x < 8; x++) sum[m][x] = activate(sum[m][x]);
+            write(&s->h1[maps + m][12 * (y + 2) + 2], sum[m], 8, 2);
+        }
     }
     BARRIER;
 }
@@ -270,7 +274,7 @@ INLINE void forward_H1(struct memory *s) {
 // The map of H1 that is number i of those that a group reads, of which it has the weights in this order.
 INLINE int read_by(int group, int i) { return (4 * group + i) % 12; }
 
-// A task is a row of the four maps of a group, as far as it comes from one map of H1; then, a row of a map.
+// A task is a row of the four maps of a group, as far as it comes from one map of H1; then it is a row of a map.
 INLINE void forward_H2(struct memory *s, const struct job *job, word seed, long long presentation) {
     EACH(t, 3 * 8 * 4) {
         const int group = t / 32, i = t / 4 % 8, y = t % 4;
@@ -311,14 +315,14 @@ INLINE void forward_H2(struct memory *s, const struct job *job, word seed, long 
     BARRIER;
 }
 
-// A task is a unit's sum as far as it comes from 24 units of H2; then, a unit.
+// A task is a unit's sum, as far as it comes from 24 units of H2; then it is a unit.
 INLINE void forward_H3(struct memory *s) {
     EACH(t, 8 * 32) {
         const int part = t / 32, j = t % 32;
         if (j < 30) {
-            float sum = 0;
-            UNROLL for (int i = 0; i < 24; i++)
-                sum = fmaf(s->h2[24 * part + i], s->net.H3w[24 * part + i][j], sum);
+            float sum = 0, h2[24];
+            read(h2, &s->h2[24 * part], 24, 4);
+            UNROLL for (int i = 0; i < 24; i++) sum = fmaf(h2[i], s->net.H3w[24 * part + i][j], sum);
             s->u.part3[part][j] = sum;
         }
     }
@@ -349,7 +353,7 @@ INLINE void forward(struct memory *s, const struct job *job, long long digit, wo
     forward_outputs(s);
 }
 
-// Backward, each parameter stepping down its gradient as soon as nothing else needs it.
+// Backward. Each parameter takes its step as soon as nothing else needs it.
 // CURVATURE: the diagonal of the Gauss-Newton matrix (LeCun et al. 1998, appendix C: the second derivatives,
 // without the terms of f'') is propagated back as gradients are, with weights, inputs and slopes squared: that
 // is all that `power` is for.
@@ -362,7 +366,7 @@ struct step {
     float size, unbias;  // ADAMW: a row of job.steps
 };
 
-// Take a step with `count` parameters: 1, 2 or 4. AdamW is Loshchilov and Hutter's, as in PyTorch.
+// The step of `count` parameters, 1, 2 or 4. AdamW is Loshchilov and Hutter's, as in PyTorch.
 INLINE void learn(const struct step *step, float *weights, float *extra, const float *gradient, int count) {
     const struct job *job = step->job;
     float w[4], e[4], f[4], *extra2 = extra + FLOATS(extra);
@@ -443,30 +447,35 @@ INLINE void backward_H3(struct memory *s, const struct step *step) {
     BARRIER;
 }
 
-// A task is a row of a map of H1, which two groups read. Neighbours are two rows apart: the same ky read them.
+// A task is two rows of a map of H1, 2a and 2a + 1. Two groups read the map, by their rows a - 1 to a + 1.
 INLINE void backward_H2(struct memory *s) {
-    EACH(t, 2 * 12 * 4) {
-        const int map = t / 4 % 12, odd = t / 48, y = 2 * (t % 4) + odd;
-        float sum[8] = {0}, h1[8], d[4][4];
-        for (int half = 0; half < 2; half++) {  // among the first four maps that a group reads, or the others
+    EACH(t, 12 * 4) {
+        const int map = t / 4, a = t % 4;
+        float sum[2][8] = {{0}}, d[4][4], h1[8];
+        for (int half = 0; half < 2; half++) {  // the map is one of the first four that a group reads, or the last
             const int group = (map / 4 + 2 * half) % 3, i = map % 4 + 4 * half;
-            for (int ky = odd; ky < 5; ky += 2) {
-                const int from = (y + 2 - ky) / 2;  // the row of H2 that reads this one with its row ky
-                if (from < 0 || from > 3) continue;
-                UNROLL for (int m = 0; m < 4; m++) read(d[m], &s->d2[16 * (4 * group + m) + 4 * from], 4, 4);
-                UNROLL for (int kx = 0; kx < 5; kx++) {
-                    const struct four weight = s->net.H2w[group][i][5 * ky + kx];
-                    UNROLL for (int m = 0; m < 4; m++)
-                        UNROLL for (int x = 0; x < 4; x++) {
-                            const int to = 2 * x + kx - 2;
-                            if (to >= 0 && to < 8) sum[to] = fmaf(power(weight.x[m]), d[m][x], sum[to]);
-                        }
+            for (int y = a - 1; y <= a + 1; y++) {
+                if (y < 0 || y > 3) continue;
+                UNROLL for (int m = 0; m < 4; m++) read(d[m], &s->d2[16 * (4 * group + m) + 4 * y], 4, 4);
+                UNROLL for (int odd = 0; odd < 2; odd++) {
+                    const int ky = 2 * (a - y) + 2 + odd;  // row y reads row 2a + odd with this row of its kernel
+                    if (ky > 4) continue;
+                    UNROLL for (int kx = 0; kx < 5; kx++) {
+                        const struct four weight = s->net.H2w[group][i][5 * ky + kx];
+                        UNROLL for (int m = 0; m < 4; m++)
+                            UNROLL for (int x = 0; x < 4; x++) {
+                                const int to = 2 * x + kx - 2;
+                                if (to >= 0 && to < 8) sum[odd][to] = fmaf(power(weight.x[m]), d[m][x], sum[odd][to]);
+                            }
+                    }
                 }
             }
         }
-        read(h1, &s->h1[map][12 * (y + 2) + 2], 8, 2);
-        UNROLL for (int x = 0; x < 8; x++) sum[x] *= power(slope(h1[x]));
-        write(&s->u.d1[map][8 * y], sum, 8, 4);
+        UNROLL for (int odd = 0; odd < 2; odd++) {
+            read(h1, &s->h1[map][12 * (2 * a + odd + 2) + 2], 8, 2);
+            UNROLL for (int x = 0; x < 8; x++) sum[odd][x] *= power(slope(h1[x]));
+            write(&s->u.d1[map][8 * (2 * a + odd)], sum[odd], 8, 4);
+        }
     }
     BARRIER;
 }
@@ -560,16 +569,17 @@ INLINE void evaluate_replica(struct memory *s, const struct job *job, int replic
 #if LOSS == MSE
             for (int j = 0; j < 10; j++) {
                 const double off = s->out[j] - s->target[j];
-                sum += off * off;
+                sum += off * off / 10;
             }
-            loss += sum / 10;
+            loss += sum;
 #else
             for (int j = 0; j < 10; j++) sum += exp_of(s->out[j] - s->out[answer]);
-            for (int j = 0; j < 10; j++)
-                loss += s->target[j] * (log(sum) + ((double)s->out[answer] - s->out[j]));
+            const double log_sum = s->out[answer] + log(sum);
+            for (int j = 0; j < 10; j++) loss += s->target[j] * (log_sum - s->out[j]);
 #endif
             misses += answer != label;
         }
+        BARRIER;
     }
     EACH(t, 1) {
         job->loss[replica] += loss;
@@ -577,38 +587,28 @@ INLINE void evaluate_replica(struct memory *s, const struct job *job, int replic
     }
 }
 
-// Where the 9,760 parameters, in the order of repro.py, lie in a struct network and in a struct extra.
+// Where the parameters, in the order of repro.py, lie in a struct network and in a struct extra.
 INLINE void layout_replica(struct memory *s, const struct job *job, int replica) {
     const struct network *net = &s->net;
-    const struct extra *e = (const struct extra *)s;
+    const struct extra *extra = (const struct extra *)s;
+    int *places = job->places;
     (void)replica;
-    EACH(p, 9760) {
-        const float *a, *b;
-        int i = p;
-        if (i < 300) {
-            const int map = i / 25, tap = i % 25;
-            a = &net->H1w[map][tap], b = &e->H1w[tap % 5][map + 12 * (tap / 5)];
-        } else if ((i -= 300) < 768) {
-            a = &net->H1b[i / 64][i % 64], b = &e->H1b[i / 4].x[i % 4];
-        } else if ((i -= 768) < 2400) {
-            const int map = i / 200, group = map / 4, tap = i % 25;
-            const int from = i / 25 % 8, n = group == 2 ? (from + 4) % 8 : from;  // repro.py has maps 0 to 3 first
-            a = &net->H2w[group][n][tap].x[map % 4], b = &e->H2w[tap % 5][n + 8 * (tap / 5) + 40 * group].x[map % 4];
-        } else if ((i -= 2400) < 192) {
-            a = &net->H2b[i], b = &e->H2b[i];
-        } else if ((i -= 192) < 5760) {
-            const int k = i / 30, j = i % 30;
-            a = &net->H3w[k][j], b = &e->H3w[j / 2][k].x[j % 2];
-        } else if ((i -= 5760) < 30) {
-            a = &net->H3b[i], b = &e->H3b[i];
-        } else if ((i -= 30) < 300) {
-            const int k = i / 10, j = i % 10;
-            a = &net->outw[k][j], b = &e->outw[j / 2][k].x[j % 2];
-        } else {
-            a = &net->outb[i - 300], b = &e->outb[i - 300];
-        }
-        job->places[p] = a - (const float *)net, job->places[9760 + p] = b - (const float *)e;
+#define PLACE(first, count, in_network, in_extra)                                  \
+    EACH(i, count) {                                                               \
+        places[first + i] = &net->in_network - (const float *)net;                 \
+        places[9760 + first + i] = &extra->in_extra - (const float *)extra;        \
     }
+    PLACE(0, 300, H1w[i / 25][i % 25], H1w[i % 5][i / 25 + 12 * (i / 5 % 5)])
+    PLACE(300, 768, H1b[i / 64][i % 64], H1b[i / 4].x[i % 4])
+    // Group 2 reads the maps 8 to 11 and then 0 to 3; in repro.py they are sorted.
+#define GROUP (i / 800)
+#define FROM ((i / 25 % 8 + (GROUP == 2 ? 4 : 0)) % 8)
+    PLACE(1068, 2400, H2w[GROUP][FROM][i % 25].x[i / 200 % 4], H2w[i % 5][40 * GROUP + 8 * (i / 5 % 5) + FROM].x[i / 200 % 4])
+    PLACE(3468, 192, H2b[i], H2b[i])
+    PLACE(3660, 5760, H3w[i / 30][i % 30], H3w[i % 30 / 2][i / 30].x[i % 2])
+    PLACE(9420, 30, H3b[i], H3b[i])
+    PLACE(9450, 300, outw[i / 10][i % 10], outw[i % 10 / 2][i / 10].x[i % 2])
+    PLACE(9750, 10, outb[i], outb[i])
 }
 
 #ifdef __CUDACC__

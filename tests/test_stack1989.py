@@ -1,16 +1,26 @@
-"""The kernel for hundreds of replicas, without a GPU: the C build of its source against float64 autograd."""
+"""The kernel for hundreds of replicas, without a GPU.
 
+The C build of its source is held against float64 autograd. A program of real threads and barriers is held
+against the C build, also under a thread sanitizer. And CUDA's compiler compiles it for six kinds of GPUs.
+"""
+
+import ctypes
 import itertools
+import os
+import re
+import subprocess
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_kernels import digits, double, draw, loss_of, outputs_of, padded, some_parameters
 
 import modern
 import repro
+from kernels import build, cuda
 from kernels.convnet1989 import VARIANTS, Convnet1989
-from kernels.stack1989 import PARAMETERS, Stack1989, pack, unpack
+from kernels.stack1989 import PARAMETERS, SOURCE, CLauncher, Stack1989, pack, unpack
 
 # loss, activation, optimizer, shift, dropout: nine variants in which any two choices come together
 NINE = [
@@ -45,11 +55,11 @@ def stacked(replicas):
     return pack([np.stack(arrays) for arrays in zip(*replicas)])
 
 
-def rates_of(optimizer):
+def rates_of(optimizer, replicas=len(SEEDS)):  # noqa: B008
     """The learning rate: for sgd_rates, one for each parameter."""
     if optimizer == "sgd_rates":
         return torch.tensor(
-            np.random.default_rng(1).uniform(0, 0.01, (len(SEEDS), PARAMETERS)), dtype=torch.float32
+            np.random.default_rng(1).uniform(0, 0.01, (replicas, PARAMETERS)), dtype=torch.float32
         )
     return {"sgd": 0.005, "adamw": 0.001}[optimizer]
 
@@ -169,3 +179,155 @@ def test_curvature_is_that_of_repro(activation):
         for number, own in enumerate(order)
     ]
     assert (worst_errors(ours, stacked(true).double()) < 1e-6).all()  # measured: 3.8e-7
+
+
+# The order of tasks, launches and threads changes nothing
+
+
+def trained(stack, n=2, parts=None, seed=0):
+    """What n presentations and an evaluation leave behind, as bytes."""
+    images, targets = tensors(n, stack.defines["LOSS"].lower(), seed)
+    for part in parts or [slice(0, n)]:
+        stack.train_pass(images[part], targets[part], rates_of(stack.optimizer, stack.replicas))
+    results = stack.net, stack.extra, *stack.evaluate(images, targets)
+    return b"".join(each.numpy().tobytes() for each in results)
+
+
+@pytest.mark.parametrize("variant", [NINE[3], NINE[6]])
+def test_two_launches_are_one(variant):
+    alone = trained(stack_of(*variant), 60)
+    assert trained(stack_of(*variant), 60, [slice(0, 23), slice(23, 60)]) == alone
+    assert trained(stack_of(*variant), 60, seed=1) != alone
+
+
+class Program:
+    """A launcher that runs each kernel in a process of its own, with a block of real threads."""
+
+    def __init__(self, program, defines, flags):
+        self.program, self.reference = program, CLauncher(defines)
+        self.constant = self.reference.constant
+        compiler = build.find_compiler()
+        target, _ = build.resolve_target(compiler, None)
+        command = [*compiler, "-std=gnu11", "-O1", "-g", "-ffp-contract=off", *target, *flags]
+        command += [f"-D{name}={value}" for name, value in defines.items()]
+        subprocess.run(
+            [*command, ROOT / "tests" / "run_stack1989.c", "-o", program, "-pthread", "-lm"], check=True
+        )
+
+    def set(self, threads=24, backwards=False, removed=-1):
+        self.settings, self.races = (threads, backwards, removed), 0
+
+    def sizes(self, n, replicas):
+        """The bytes of each tensor in a Job, in its order."""
+        yield from (4 * replicas * self.constant(name) for name in ("net_floats", "extra_floats"))
+        yield from (4 * 400 * n, 4 * 10 * n, 4 * replicas * n, 8 * replicas, 4 * 2 * n)  # images to steps
+        yield from (4 * 10 * n * replicas, 8 * replicas, 8 * replicas, 4 * 2 * PARAMETERS)
+
+    def launch(self, name, replicas, job):
+        kernel = ("train", "evaluate", "layout").index(name)
+        given = np.int64([kernel, replicas, *self.settings]).tobytes() + bytes(job)
+        addresses = np.frombuffer(bytes(job), np.int64)[:11].tolist()
+        arrays = [(at, size if at else 0) for at, size in zip(addresses, self.sizes(job.n, replicas))]
+        given += b"".join(np.int64(size).tobytes() + ctypes.string_at(at, size) for at, size in arrays)
+        options = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1:symbolize=0:exitcode=66"}
+        done = subprocess.run([self.program], input=given, capture_output=True, env=options)
+        if done.returncode == 66 and b"data race" in done.stderr:
+            self.races += 1
+            return
+        assert done.returncode == 0 and not done.stderr, done.stderr.decode()
+        made = done.stdout
+        for at, size in arrays:
+            ctypes.memmove(at, made[:size], size)
+            made = made[size:]
+
+
+@pytest.fixture(scope="module")
+def in_threads(tmp_path_factory):
+    """A function that makes a stack of one replica whose kernels run as a Program; each is compiled once."""
+    programs = {}
+
+    def make(variant, flags=(), **settings):
+        def make_launcher(defines):
+            key = variant, flags
+            if key not in programs:
+                programs[key] = Program(tmp_path_factory.mktemp("program") / "program", defines, flags)
+            programs[key].set(**settings)
+            return programs[key]
+
+        return stack_of(*variant, seeds=SEEDS[:1], make_launcher=make_launcher)
+
+    return make
+
+
+def test_threads_and_the_order_of_tasks_change_nothing(in_threads):
+    alone = trained(stack_of(*NINE[2], seeds=SEEDS[:1]))
+    for settings in ({"threads": 128}, {"threads": 192}, {"threads": 256}, {"threads": 1, "backwards": True}):
+        assert trained(in_threads(NINE[2], **settings)) == alone, settings
+
+
+@pytest.fixture(scope="module")
+def sanitizer(tmp_path_factory):
+    """The flags of a thread sanitizer that works here."""
+    empty = tmp_path_factory.mktemp("empty") / "empty.c"
+    empty.write_text("int main(void) { return 0; }\n")
+    program, flags = empty.with_suffix(""), ("-fsanitize=thread",)
+    for command in ([*build.find_compiler(), *flags, empty, "-o", program], [program]):
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip(f"{build.find_compiler()[0]} has no thread sanitizer that works here")
+    return flags
+
+
+BARRIERS = SOURCE.read_text().count("BARRIER;")
+
+
+def test_a_thread_sanitizer_finds_no_race_and_misses_each_barrier(in_threads, sanitizer):
+    """In cross-entropy, where outputs and their errors need one between them; mse does not."""
+    variant = NINE[2]
+    alone = trained(stack_of(*variant, seeds=SEEDS[:1]))
+    stack = in_threads(variant, sanitizer)
+    assert trained(stack) == alone and not stack.launcher.races
+    assert BARRIERS == 13
+    for removed in range(BARRIERS):
+        stack = in_threads(variant, sanitizer)
+        stack.launcher.set(removed=removed)
+        assert trained(stack) != alone or stack.launcher.races, removed
+
+
+# CUDA. What the compiler makes of it is known without a GPU; how fast that is, is not.
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+REGISTERS = 65536  # of a multiprocessor, for all its threads; the compiler gives a thread a multiple of 8
+LOSSES = {"mse": ("mse", "tanh", "sgd", "none", 0), "modern": ("cross_entropy", "relu", "adamw", "roll", 1)}
+
+
+def compile_cuda(architecture, threads, blocks, variant, flags):
+    """The registers and the spilled bytes of each kernel, as CUDA's assembler reports them: name -> both."""
+    try:
+        nvrtc, _ = cuda.load_nvrtc()
+    except build.Unavailable as error:
+        pytest.skip(str(error))
+    if architecture not in cuda.supported_architectures(nvrtc):
+        pytest.skip(f"this NVRTC does not know sm_{architecture}")
+    names = "LOSS", "ACTIVATION", "OPTIMIZER", "SHIFT", "DROPOUT", "THREADS", "BLOCKS"
+    flags = [*flags, *(f"-D{n}={str(v).upper()}" for n, v in zip(names, (*variant, threads, blocks)))]
+    flags += [f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v"]
+    created, size = ctypes.c_void_p(), ctypes.c_size_t()
+    given = ctypes.c_char_p(SOURCE.read_bytes()), b"stack1989.c", 0, None, None
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(created), *given) == 0
+    options = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
+    failed = nvrtc.nvrtcCompileProgram(created, len(flags), options)
+    nvrtc.nvrtcGetProgramLogSize(created, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(created, log)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(created))
+    log = log.value.decode()
+    assert not failed, log
+    kernel = (
+        r"properties for (\w+)\n.* (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers"
+    )
+    return {name: (int(used), max(int(a), int(b))) for name, a, b, used in re.findall(kernel, log)}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_cuda_compiles_it(architecture):
+    print(compile_cuda(architecture, 192, 4, NINE[2], cuda.IEEE))
