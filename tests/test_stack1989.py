@@ -293,6 +293,68 @@ def test_a_thread_sanitizer_finds_no_race_and_misses_each_barrier(in_threads, sa
         assert trained(stack) != alone or stack.launcher.races, removed
 
 
+# What is handed over is looked at first
+
+
+def test_tensors_that_will_not_do():
+    stack, (images, targets) = stack_of("mse", "tanh", "sgd"), tensors(4)
+    before = stack.parameters()
+
+    def refused(words, images=images, targets=targets, lr=0.03, stack=stack):
+        with pytest.raises(ValueError, match=words):
+            stack.train_pass(images, targets, lr)
+        with pytest.raises(ValueError, match=words):
+            stack.evaluate(images, targets)
+
+    refused("images: torch.float64", images=images.double())
+    refused("images: torch.float32 .4, 20, 20.", images=images[:, 0])
+    refused("images: not contiguous", images=images.mT)
+    refused("images: a ndarray and not a tensor", images=images.numpy())
+    refused("images: on meta and not on cpu", images=images.to("meta"))
+    refused("targets: torch.float32 .3, 10.", targets=targets[:3])
+    refused("targets: not contiguous", targets=targets.repeat_interleave(2, dim=1)[:, ::2])
+    for wrong in (before[:2], before[:, 1:], before.double(), before.numpy()):
+        with pytest.raises(ValueError, match="parameters"):
+            stack.set_parameters(wrong)
+        with pytest.raises(ValueError, match="rates"):
+            stack_of("mse", "tanh", "sgd_rates").train_pass(images, targets, wrong)
+    order = torch.zeros(3, 5, dtype=torch.int32)
+    for wrong in (order.long(), order[:2], order + 4, order - 1):
+        with pytest.raises(ValueError, match="order"):
+            stack.measure_curvature(images, wrong)
+    assert torch.equal(stack.parameters(), before) and stack.presentations == 0
+    for wrong in (
+        {"dropout": 1.0},
+        {"dropout": -0.1},
+        {"shift_pixels": 16},
+        {"seeds": [2**64]},
+        {"seeds": [-1]},
+    ):
+        with pytest.raises(ValueError, match="is not in"):
+            Stack1989(**{"seeds": [0], **wrong})
+    for unknown in ({"loss": "hinge"}, {"activation": "gelu"}, {"optimizer": "lion"}, {"shift": "swirl"}):
+        with pytest.raises(ValueError, match="is none of"):
+            Stack1989([0], **unknown)
+
+
+def test_what_is_not_finite_is_reported_with_its_seed():
+    stack, (images, targets) = stack_of("mse", "tanh", "sgd"), tensors(1)
+    parameters = stack.parameters()
+    parameters[1, 2000] = np.nan
+    stack.set_parameters(parameters)
+    with pytest.raises(FloatingPointError, match=f"a parameter of seed {SEEDS[1]} is"):
+        stack.train_pass(images, targets, 0.03)
+
+
+def test_no_digits_change_nothing():
+    stack, (images, targets) = stack_of("mse", "tanh", "sgd"), tensors(1)
+    before = stack.parameters()
+    stack.train_pass(images[:0], targets[:0], 0.03)
+    assert torch.equal(stack.parameters(), before)
+    assert [each.tolist() for each in stack.evaluate(images[:0], targets[:0])] == [[0] * 3] * 2
+    assert stack.outputs(images[:0]).shape == (3, 0, 10)
+
+
 # CUDA. What the compiler makes of it is known without a GPU; how fast that is, is not.
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -330,4 +392,4 @@ def compile_cuda(architecture, threads, blocks, variant, flags):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_cuda_compiles_it(architecture):
-    print(compile_cuda(architecture, 192, 4, NINE[2], cuda.IEEE))
+    assert set(compile_cuda(architecture, 192, 4, NINE[2], cuda.IEEE)) == {"train", "evaluate", "layout"}
