@@ -544,13 +544,27 @@ def changes_table(runs, page):
 
 def ff_table(runs, page):
     """The runs of forward_forward.py: test errors by every way to read out, and seconds."""
-    head = ("run", "layers", "passes", "pixels moved", "seeds", "test error", "without layer 1", "softmax",
-            "train error", "seconds a seed")  # fmt: skip
+    own = [run for run in runs if run.script == "forward_forward" and run.config["data"] == "mnist"]
+    names = {"all": "test error", "skip-first": "without layer 1", "softmax": "softmax"}
+    names |= {"all-softmax": "all and softmax", "shifted": "shifted"}  # which the first runs do not have
+    logged = {way for run in own for record in run.final("test") for way in record["errors"]}
+    names = {way: name for way, name in names.items() if way in logged}
+    head = (
+        "run",
+        "layers",
+        "passes",
+        "pixels moved",
+        "seeds",
+        *names.values(),
+        "train error",
+        "seconds a seed",
+    )
     rows = []
-    for run in (run for run in runs if run.script == "forward_forward" and run.config["data"] == "mnist"):
+    for run in own:
         config, last = run.config, run.final("test")
         seconds = [each for session in run.sessions for each in session["seconds"].values()]
-        ways = [tables.mean_sd([r["errors"][way] for r in last]) for way in ("all", "skip-first", "softmax")]
+        errors = [[r["errors"][way] for r in last if way in r["errors"]] for way in names]
+        ways = [tables.mean_sd(each) if each else "-" for each in errors]
         train = tables.mean_sd([record["error"] for record in run.final("train")])
         cores = max(session["threads"] for session in run.sessions)
         rows.append((

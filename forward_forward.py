@@ -22,9 +22,9 @@ Published: `supervised` in reference/ff.toml, a test error of 1.36% with four la
 method is that of Hinton's own code (Matlab, ffnew.m): all layers learn at the same time, negatives are hard,
 units are kept about equally active, and gradients are smoothed. The numbers in `Config` are ours. They were
 chosen one after the other, in factors of two or three, by the errors on the last 10,000 of the 60,000
-training digits (`--validation 10000`). Two things are new, and make training several times as fast: a layer
-computes no gradient for examples that it is already sure of, and images that all layers are sure of are shown
-in one pass out of four.
+training digits (`--validation 10000`); studies/ff_choices.py puts such choices on record. Two things are new,
+and make training several times as fast: a layer computes no gradient for examples that it is already sure of,
+and images that all layers are sure of are shown in one pass out of four.
 """
 
 import argparse
