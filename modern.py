@@ -38,7 +38,7 @@ import prepro
 import repro
 import utils
 from kernels.convnet1989 import State
-from records import ask, tables, weights
+from records import ask, ranks, tables, weights
 from records import run as runs
 from repro import Parameters
 
@@ -354,12 +354,14 @@ def run_change(change, args, changes, digits, splits):
         if gpu:
             together = functools.partial(train_wave, config, splits=splits, gpu=gpu)
             given = run, seeds, gpu.wave, together, save, args.threads, total, args.quiet
-            first = waves.train_waves(*given)
+            trained = waves.train_waves(*given)
         else:
-            jobs = [[seed] for seed in seeds] if in_c else [list(seeds)]
-            first = runs.in_parallel(train_and_save, jobs, threads, total, args.quiet, "digit")[0]
+            jobs = [[seed] for seed in seeds] if in_c else ranks.cut(seeds, len(seeds))
+            trained = runs.in_parallel(train_and_save, jobs, threads, total, args.quiet, "digit")
+    if utils.RANK:  # rank 0 has the records of all, and goes on
+        return run
     if args.figures:
-        plot(run, first, splits, args.seed)
+        plot(run, trained[0], splits, args.seed)
     if args.change == "all":
         print(f"\n{title_of(config)}")
     runs.report(run, seeds, args.quiet)

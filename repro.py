@@ -616,7 +616,7 @@ def main(argv=None):
         if gpu:
             together = functools.partial(train_wave, config, splits=splits, gpu=gpu)
             given = run, seeds, gpu.wave, together, save, args.threads, total, args.quiet
-            first = waves.train_waves(*given).parameters()[0]
+            first = waves.train_waves(*given)[0].parameters()[0]
         else:
             trained = runs.train_seeds(run, seeds, train_and_save, threads, total, args.quiet)
             first = trained[0][1]

@@ -19,6 +19,11 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent
 
+# torchrun starts several processes of one command, its ranks (records/ranks.py); usually there is only one.
+_launched = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK, RANKS = int(_launched.get("RANK", 0)), int(_launched.get("WORLD_SIZE", 1))
+LOCAL_RANK, LOCAL_RANKS = int(_launched.get("LOCAL_RANK", 0)), int(_launched.get("LOCAL_WORLD_SIZE", 1))
+
 
 class BadRequest(Exception):
     """What was asked for cannot be done: one sentence that names the file or flag and the remedy."""
@@ -40,6 +45,39 @@ class Stopped(BaseException):
         self.status = 128 + number
 
 
+class Ended(BaseException):
+    """Rank 0 has ended and has said why, so that this rank ends, too, and says nothing."""
+
+    def __init__(self, status):
+        super().__init__(status)
+        self.status = status
+
+
+def sentence_of(error):
+    """The sentence and the exit status for an error, or None for one that is a fault in the code."""
+    if isinstance(error, (BadRequest, RunFailed, Stopped)):
+        return f"{error}", error.status
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, OSError):
+        return f"{error.filename or 'its output'} cannot be used ({error.strerror})", 1
+    words = "out of memory", "allocate memory"
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    ):
+        return "out of memory; ask for fewer seeds, digits or units, or smaller batches", 1
+    return None
+
+
+def _joined():
+    """The context of a script: that of a rank, where torchrun has started several."""
+    if RANKS == 1:
+        return contextlib.nullcontext()
+    from records import ranks
+
+    return ranks.joined()
+
+
 def exit_status(main):
     """Make `main(argv=None)` return an exit status: 0, or after an error 1, 2 or 128 + a signal's number.
 
@@ -52,24 +90,20 @@ def exit_status(main):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # an ASCII-only terminal shows question marks
         try:
-            status = main(argv) or 0
+            with _joined():
+                status = main(argv) or 0
             print(end="", flush=True)  # a full disk is noticed here at the latest
             return status
-        except (BadRequest, RunFailed, Stopped) as error:
-            sentence, status = f"{error}", error.status
-        except KeyboardInterrupt:
-            sentence, status = "interrupted", 130
         except BrokenPipeError:  # `| head` has read what it wanted
             sys.stdout = open(os.devnull, "w")
             return 0
-        except OSError as error:
-            sentence, status = f"{error.filename or 'its output'} cannot be used ({error.strerror})", 1
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not any(
-                words in str(error) for words in ("out of memory", "allocate memory")
-            ):
+        except Ended as ended:
+            return ended.status
+        except BaseException as error:
+            found = sentence_of(error)
+            if not found:
                 raise
-            sentence, status = "out of memory; ask for fewer seeds, digits or units, or smaller batches", 1
+            sentence, status = found
         if argv is None and status > 128:  # a second Ctrl-C would end in a traceback
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         with contextlib.suppress(OSError):
@@ -108,9 +142,16 @@ torch = Lazy("torch")
 class Parser(argparse.ArgumentParser):
     """argparse with the script's docstring in --help, and one sentence for a wrong flag."""
 
+    shared_by_ranks = False  # whether the script can be started by torchrun
+
     def __init__(self, script, doc):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=script, description=doc, formatter_class=formatter, allow_abbrev=False)
+
+    def parse_args(self, *given):
+        if RANKS > 1 and not self.shared_by_ranks:
+            raise BadRequest("this script runs as one process: start it without torchrun")
+        return super().parse_args(*given)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
@@ -145,6 +186,7 @@ def add_run_flags(parser, results, seed=1337, seeds=1, cuda=False):
 
     `cuda`: whether the script has a kernel for CUDA, so that it may be asked for.
     """
+    parser.shared_by_ranks = True
     whole = functools.partial(number, int)
     flag = parser.add_argument_group("run").add_argument
     flag("--seed", default=seed, type=whole(at_least=0, at_most=2**31), help=f"first seed (default: {seed})")
@@ -155,7 +197,8 @@ def add_run_flags(parser, results, seed=1337, seeds=1, cuda=False):
         "--engine", default="auto", choices=("auto", "c", *["cuda", "cuda-fast"] * cuda, "torch"),
         help=f"which code trains; auto: {kernels}, where it can be compiled, else PyTorch (default: auto)",
     )  # fmt: skip
-    flag("--threads", default=cores(), type=whole(1, 1024), help=f"threads (default: all cores, {cores()})")
+    share = max(1, cores() // LOCAL_RANKS)
+    flag("--threads", default=share, type=whole(1, 1024), help=f"threads (default: all cores, {share})")
     flag("--smoke", action="store_true", help="run every step in seconds, on a few digits, to test the code")
     flag = parser.add_argument_group("output").add_argument
     where = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results
@@ -180,7 +223,7 @@ def require_device(name):
 def write_file(path, content):
     """Write text or bytes: `path` holds its old content or all of the new, whatever happens meanwhile."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

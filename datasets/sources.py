@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from filelock import FileLock
+
 import utils
 
 DATA = (utils.ROOT / "data").resolve()
@@ -90,11 +92,18 @@ def find_sources(name, root):
 
 
 def obtain(name, root):
-    """As `read_sources`; downloads the files to `root` where they are absent."""
+    """As `read_sources`; downloads the files to `root` where they are absent.
+
+    Of several processes on a machine, one downloads, and the others wait.
+    """
     contents = read_sources(name, root)
     if not contents:
-        download(name, root)
-        contents = read_sources(name, root)
+        key = hashlib.sha256(f"{name} {root} {os.path.expanduser('~')}".encode()).hexdigest()
+        with FileLock(Path(tempfile.gettempdir(), f"drosophila-{key}.lock")):
+            contents = read_sources(name, root)
+            if not contents:
+                download(name, root)
+                contents = read_sources(name, root)
     return contents
 
 

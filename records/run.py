@@ -13,6 +13,7 @@ import contextlib
 import glob
 import json
 import math
+import platform
 import shlex
 import signal
 import statistics
@@ -26,6 +27,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import utils
+from records import ranks
 
 
 class Run:
@@ -36,7 +38,7 @@ class Run:
         self.script, self.config, self.data_sha256 = script, _plain(config), data_sha256
         self.records = {}  # seed -> its records, in order
         self.sessions = []  # what run.json holds: environments and commands, each with its seeds
-        self.session = None  # the one that is being written
+        self.writing = {}  # rank (0, if there is only one process) -> the session that its seeds belong to
         self._texts = {}  # seed -> its lines in the .jsonl file and in the .log file
         self._lock = threading.Lock()
 
@@ -60,16 +62,39 @@ class Run:
     def add(self, results, seconds):
         """Put finished seeds (seed -> records) in the place of their old records, and write the files.
 
-        `seconds` is the time that they took together, for training and evaluation.
+        `seconds` is the time that they took together, for training and evaluation. Of several ranks all but
+        rank 0 send them to rank 0.
         """
+        if utils.RANK:
+            results = {str(seed): _plain(records) for seed, records in results.items()}
+            ranks.link().send({"run": self.path.name, "results": results, "seconds": seconds})
+            return
         with self._lock:
-            for seed, records in results.items():
-                self.records[seed] = [{"seed": seed, **_plain(record)} for record in records]
-                self._texts.pop(seed, None)
-                for session in self.sessions:
-                    session["seconds"].pop(str(seed), None)
-                self.session["seconds"][str(seed)] = round(seconds / len(results), 3)
+            self._put(results, seconds, rank=0)
             self._write()
+
+    def _put(self, results, seconds, rank):
+        for seed, records in results.items():
+            self.records[seed] = [{"seed": seed, **_plain(record)} for record in records]
+            self._texts.pop(seed, None)
+            for session in self.sessions:
+                session["seconds"].pop(str(seed), None)
+            self.writing[rank]["seconds"][str(seed)] = round(seconds / len(results), 3)
+
+    def receive(self, messages):
+        """Put what other ranks have sent, a list of (rank, message), and write the files once."""
+        with self._lock:
+            for rank, message in messages:
+                if "session" in message:
+                    self.start_session(rank, message["session"])
+                else:
+                    results = {int(seed): records for seed, records in message["results"].items()}
+                    self._put(results, message["seconds"], rank)
+            self._write()
+
+    def start_session(self, rank, session):
+        self.writing[rank] = session
+        self.sessions.append(session)
 
     def _write(self):
         seeds = sorted(self.records)
@@ -81,7 +106,7 @@ class Run:
         header |= {"seeds": seeds, "records": sum(map(len, self.records.values()))}
         text = json.dumps(header) + "\n" + "".join(self._texts[seed][0] for seed in seeds)
         utils.write_file(self.path, text)
-        if self.session["log"]:
+        if self.writing[0]["log"]:
             utils.write_file(self.path.with_suffix(".log"), "".join(self._texts[seed][1] for seed in seeds))
         sessions = [session for session in self.sessions if session["seconds"]]
         text = json.dumps({"sessions": sessions}, indent=1, allow_nan=False)
@@ -157,6 +182,12 @@ def open_run(path, script, config, data_sha256, log=False, **facts):
     run, or if the file holds another config or other data.
     """
     path = Path(path)
+    if utils.RANK:
+        run = Run(path, script, config, data_sha256)
+        _agree_on(run, facts)
+        ranks.link().send({"run": path.name, "session": _new_session(log, facts)})
+        yield run
+        return
     lock = FileLock(path.with_name(f".{path.name}.lock"))  # ends with its process; the empty file stays
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,24 +204,50 @@ def open_run(path, script, config, data_sha256, log=False, **facts):
                 left.unlink(missing_ok=True)  # left by a process that was killed while it wrote
         run = read_run(path) if path.exists() else Run(path, script, config, data_sha256)
         run.require(script, config, data_sha256)
+        _agree_on(run, facts)
         started = time.time()
-        run.session = {
-            "command": _command(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-            **facts,
-            **utils.environment(),
-            "log": log,
-            "seconds": {},
-        }
-        run.sessions.append(run.session)
+        run.start_session(0, _new_session(log, facts))
+        _open[path.name] = run
         try:
             yield run
         finally:
-            if run.session["seconds"]:
-                run.session["wall_seconds"] = round(time.time() - started, 2)
+            _open.pop(path.name)
+            if any(session["seconds"] for session in run.writing.values()):
+                for session in run.writing.values():
+                    session["wall_seconds"] = round(time.time() - started, 2)
                 run._write()
     finally:
         lock.release()
+
+
+def _new_session(log, facts):
+    """What run.json says of one process: the command, when it started, `facts`, and the machine."""
+    if utils.RANKS > 1:
+        facts = {"rank": utils.RANK, "ranks": utils.RANKS, "host": platform.node(), **facts}
+    return {
+        "command": _command(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **facts,
+        **utils.environment(),
+        "log": log,
+        "seconds": {},
+    }
+
+
+def _agree_on(run, facts):
+    """RunFailed unless all ranks are about to train the same."""
+    own = [run.path.name, run.script, run.config, run.data_sha256, facts.get("engine")]
+    if ranks.agree(own) != own:
+        raise utils.RunFailed(f"{run.path.name} has another config, engine or data here than on rank 0")
+
+
+_open = {}  # name of the file -> the Run that is open, for what other ranks send
+
+
+def _receive(messages):
+    """Put what other ranks have sent, (rank, message) each, into the Runs that it is for."""
+    for name in {message["run"] for _, message in messages}:
+        _open[name].receive([(rank, message) for rank, message in messages if message["run"] == name])
 
 
 def _command():
@@ -250,11 +307,14 @@ def train_seeds(run, seeds, train, threads, total, quiet):
 def in_parallel(function, jobs, threads, total, quiet, unit="digit"):
     """Call `function(job, progress)` for each job, `threads` at a time; return the results in order of jobs.
 
+    Of several ranks (records/ranks.py) each does its share of the jobs, and gets the results of those alone.
+    Rank 0, whose share has the first job, then goes on; the others wait until it trains again or ends.
+
     A job calls `progress(n)` now and then: it moves a bar of `total` units on by n, and raises utils.Stopped
     when Ctrl-C or SIGTERM was received or another job has failed. `progress(n, name)` names the bar, too.
     """
     stopped, received = [], []  # lists: an Event has a lock, on which a second signal would hang
-    bar = tqdm(total=total, unit=unit, unit_scale=True, disable=quiet or None)
+    bar = tqdm(total=total, unit=unit, unit_scale=True, disable=quiet or bool(utils.RANK) or None)
 
     def progress(n, name=None):
         if stopped or received:
@@ -262,14 +322,21 @@ def in_parallel(function, jobs, threads, total, quiet, unit="digit"):
         if name:
             bar.set_description(name)
         bar.update(n)
+        if utils.RANK:
+            ranks.link().steps += n
 
     with _signals_kept(received), bar, ThreadPoolExecutor(threads) as pool:
         running = []
         try:
-            running += (pool.submit(function, job, progress) for job in jobs)
-            done, _ = wait(running, return_when=FIRST_EXCEPTION)
-        except RuntimeError as error:
-            raise utils.RunFailed(f"{threads} threads are too many ({error}): lower --threads") from error
+            try:
+                running += (pool.submit(function, job, progress) for job in ranks.share(jobs))
+            except RuntimeError as error:
+                raise utils.RunFailed(f"{threads} threads are too many ({error}): lower --threads") from error
+            if utils.RANK:
+                ranks.follow(running, progress)
+            elif utils.RANKS > 1:
+                ranks.lead(running, progress, _receive)
+            wait(running, return_when=FIRST_EXCEPTION)
         finally:
             stopped.append(True)
             pool.shutdown(cancel_futures=True)

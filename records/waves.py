@@ -13,6 +13,7 @@ import torch
 
 import utils
 from kernels import cuda, stack1989
+from records import ranks
 from records import run as runs
 
 AT_A_TIME = stack1989.AT_A_TIME  # digits in a launch
@@ -129,18 +130,12 @@ class Replicas:
         return [self._kind(*own) for own in zip(*arrays)]
 
 
-def cut(seeds, wave):
-    """The seeds in lists of at most `wave`, as equal in length as can be."""
-    count = -(-len(seeds) // wave)
-    bounds = [len(seeds) * number // count for number in range(count + 1)]
-    return [list(seeds[first:last]) for first, last in zip(bounds, bounds[1:])]
-
-
 def train_waves(run, seeds, wave, train, save, threads, total, quiet):
-    """Train all seeds, a wave at a time, and write each wave as soon as it is done; the first Replicas.
+    """Train all seeds, a wave at a time, and write each wave as soon as it is done: a list.
 
     `train(seeds, progress=...)` returns seed -> records, and the Replicas; `save(seed, parameters)` is called
-    for each seed, `threads` at a time. `total` is the number of presentations, for the progress bar.
+    for each seed, `threads` at a time. `total` is the number of presentations, for the progress bar. The list
+    has a wave's Replicas, or None but for the first wave, whose are wanted for figures.
     """
 
     def job(own, progress):
@@ -152,4 +147,4 @@ def train_waves(run, seeds, wave, train, save, threads, total, quiet):
         run.add(records, seconds)
         return replicas if own[0] == seeds[0] else None  # the others' memory is free again
 
-    return runs.in_parallel(job, cut(seeds, wave), 1, total, quiet)[0]
+    return runs.in_parallel(job, ranks.cut(seeds, wave), 1, total, quiet)

@@ -9,6 +9,7 @@ import time
 import prepro
 import utils
 from kernels import build
+from records import ranks
 from records import run as runs
 from records.tables import write_tables
 
@@ -67,7 +68,7 @@ def run_configs(args, study, configs, train, data_sha256="", work=None, together
         for name, config in configs.items():
             path = args.out / f"{name}.jsonl"
             done = {} if args.again or not path.exists() else runs.read_run(path).records
-            missing = [seed for seed in seeds if seed not in done]
+            missing = ranks.agree([seed for seed in seeds if seed not in done])
             if missing:
                 facts = {"threads": args.threads, **facts}
                 run = stack.enter_context(runs.open_run(path, study, config, data_sha256, **facts))
@@ -91,9 +92,9 @@ def run_configs(args, study, configs, train, data_sha256="", work=None, together
 
         count = work or (lambda config: 1)
         total = sum(count(run.config) * len(own) for run, own in jobs)
-        if jobs:
+        if jobs or utils.RANKS > 1:
             runs.in_parallel(job, jobs, args.threads, total, args.quiet, "step" if work else "seed")
-    return opened
+    return {name: runs.read_run(run.path) for name, run in opened.items()} if utils.RANK else opened
 
 
 def next_rate(lr, step=1):

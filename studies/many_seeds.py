@@ -25,6 +25,7 @@ import prepro
 import repro
 import utils
 from kernels.convnet1989 import Convnet1989
+from records import ranks
 from records import run as runs
 from studies import common
 
@@ -76,7 +77,7 @@ def train(config, seed, splits, engine, progress):
 
 def train_missing(run, seeds, splits, engine, threads, quiet):
     """Train the seeds that the run has not got, in groups, and write each group when it is done."""
-    missing = [seed for seed in seeds if seed not in run.records]
+    missing = ranks.agree([seed for seed in seeds if seed not in run.records])
 
     def job(group, progress):
         started, results = time.perf_counter(), {}

@@ -397,6 +397,7 @@ def plot(search, named, path):
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("recover_1989", __doc__)
+    parser.shared_by_ranks = False  # what is tried next depends on all that was found
     flag = parser.add_argument
     flag("--data", default="usps", choices=("usps", "mnist"), help="which digits (default: usps)")
     flag("--control", action="store_true", help="run the control: a shorter search by the same rules")

@@ -24,8 +24,8 @@ import prepro
 import repro
 import utils
 from kernels import build, cuda, stack1989
+from records import ranks, waves, weights
 from records import run as runs
-from records import waves, weights
 from studies import more_data
 
 pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
@@ -392,9 +392,9 @@ def test_more_seeds_than_fit_are_trained_in_waves(script, gpu, tmp_path, monkeyp
 
 
 def test_seeds_are_cut_evenly():
-    assert waves.cut(range(7, 8), 100) == [[7]]
+    assert ranks.cut(range(7, 8), 100) == [[7]]
     for n, wave in ((528, 528), (529, 528), (1000, 132), (7, 2)):
-        parts = waves.cut(range(n), wave)
+        parts = ranks.cut(range(n), wave)
         sizes = [len(part) for part in parts]
         assert sum(parts, []) == list(range(n)) and len(parts) == -(-n // wave)
         assert max(sizes) <= wave and max(sizes) - min(sizes) <= 1
