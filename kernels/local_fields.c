@@ -1,0 +1,213 @@
+// Products of maps with local receptive fields without weight sharing: forward, by weights, and by inputs.
+//
+// studies/ff_cifar.py defines what is right, in PyTorch (TorchFields), and says what a tile is. A map has SIDE x
+// SIDE places of MAPS numbers; padded, it has a border of zeros that is half of a field wide. A tile of 4x4 places
+// sees PATCH x PATCH of the padded places, and has a matrix (14*14*3 inputs, 4*4*3 units) of weights.
+//
+// A cell is 32 bits: two bfloat16 with -DBF16=1, otherwise one float. An instruction multiplies 16 cells by 16 cells
+// and adds them up, a cell's two numbers together. Units are in the lanes, in three vectors, and each input is
+// multiplied by them all, for several examples at once, so that the sums stay in registers.
+//
+// No function keeps anything from call to call, so that threads may call at once.
+
+#include <stdint.h>
+#include <string.h>
+#if BF16 && __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+enum { SIDE = 32, MAPS = 3, FIELD = 11, TILE = 4, PATCH = TILE + FIELD - 1, PADDED = SIDE + FIELD - 1 };
+enum { ROW = PATCH * MAPS, UNITS = TILE * TILE * MAPS, UNIT_ROW = TILE * MAPS, MAP = SIDE * SIDE * MAPS };
+enum { LANES = 16, VECTORS = UNITS / LANES, EXAMPLES = 8, INPUTS = 7 };
+_Static_assert(UNITS == 48 && ROW == 42 && ROW <= UNITS && ROW % INPUTS == 0, "what is written for these sizes");
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t cells __attribute__((vector_size(4 * LANES)));
+typedef uint16_t half_cells __attribute__((vector_size(2 * LANES)));
+
+#if BF16
+typedef uint16_t number;
+enum { GROUP = 2 };  // numbers of a cell
+
+#if __AVX512BF16__
+INLINE vec multiply_add(vec sums, cells a, cells b) {
+    return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+}
+#else
+INLINE vec multiply_add(vec sums, cells a, cells b) {
+    return sums + (vec)(a << 16) * (vec)(b << 16) + (vec)(a & 0xffff0000u) * (vec)(b & 0xffff0000u);
+}
+#endif
+
+INLINE uint32_t pair(number low, number high) { return low | (uint32_t)high << 16; }
+
+// To the nearest, ties to even, as PyTorch rounds. NaN stays NaN.
+INLINE void narrow(number *p, vec x) {
+    cells bits = (cells)x;
+    cells rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    cells is_number = (cells)(x == x);
+    half_cells upper = __builtin_convertvector((is_number & rounded) | (~is_number & 0x7fc0), half_cells);
+    memcpy(p, &upper, sizeof upper);
+}
+#else
+typedef float number;
+enum { GROUP = 1 };
+
+INLINE vec multiply_add(vec sums, cells a, cells b) { return sums + (vec)a * (vec)b; }
+
+INLINE uint32_t pair(number low, number high) {
+    uint32_t cell;
+    (void)high;
+    memcpy(&cell, &low, sizeof cell);
+    return cell;
+}
+
+INLINE void narrow(number *p, vec x) { memcpy(p, &x, sizeof x); }
+#endif
+
+INLINE cells load(const uint32_t *p) {
+    cells x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+INLINE cells broadcast(const void *p) {
+    uint32_t cell;
+    memcpy(&cell, p, sizeof cell);
+    return cell - (cells){0};
+}
+
+// Where the first unit of a tile's row is in a map, and the first input of its patch's row in a padded one.
+INLINE int64_t units_at(int i, int j, int row) { return ((i * TILE + row) * SIDE + j * TILE) * MAPS; }
+INLINE int64_t inputs_at(int i, int j, int row) { return ((i * TILE + row) * PADDED + j * TILE) * MAPS; }
+
+// out (n, 32, 32, 3): the products of padded x (n, 42, 42, 3) and weights (64, 588, 48).
+void products(const number *restrict x, const number *restrict weights, int64_t n, number *restrict out) {
+    const int64_t image = PADDED * PADDED * MAPS;
+    for (int tile = 0; tile < (SIDE / TILE) * (SIDE / TILE); tile++) {
+        int i = tile / (SIDE / TILE), j = tile % (SIDE / TILE);
+        const number *own = weights + (int64_t)tile * PATCH * ROW * UNITS;
+        uint32_t packed[PATCH * ROW / GROUP][UNITS];
+        for (int k = 0; k < PATCH * ROW / GROUP; k++)
+            for (int u = 0; u < UNITS; u++)
+                packed[k][u] = pair(own[k * GROUP * UNITS + u], own[(k * GROUP + GROUP - 1) * UNITS + u]);
+        for (int64_t first = 0; first < n; first += EXAMPLES) {
+            const number *from[EXAMPLES];  // after the last example, the last one again
+            for (int e = 0; e < EXAMPLES; e++) from[e] = x + (first + e < n ? first + e : n - 1) * image;
+            vec sums[EXAMPLES][VECTORS] = {{{0}}};
+            for (int row = 0; row < PATCH; row++) {
+                int64_t at = inputs_at(i, j, row);
+                for (int k = 0; k < ROW / GROUP; k++) {
+                    const uint32_t *w = packed[row * (ROW / GROUP) + k];
+                    UNROLL for (int e = 0; e < EXAMPLES; e++) {
+                        cells input = broadcast(from[e] + at + k * GROUP);
+                        UNROLL for (int v = 0; v < VECTORS; v++)
+                            sums[e][v] = multiply_add(sums[e][v], input, load(w + v * LANES));
+                    }
+                }
+            }
+            UNROLL for (int e = 0; e < EXAMPLES; e++) {
+                number found[UNITS];
+                UNROLL for (int v = 0; v < VECTORS; v++) narrow(found + v * LANES, sums[e][v]);
+                if (first + e >= n) continue;
+                for (int row = 0; row < TILE; row++)
+                    memcpy(out + (first + e) * MAP + units_at(i, j, row), found + row * UNIT_ROW,
+                           UNIT_ROW * sizeof *out);
+            }
+        }
+    }
+}
+
+// paired (ceil(n / GROUP), length): x (n, length) with each GROUP of examples in cells; 0 after the last one.
+static void pair_examples(const number *restrict x, int64_t n, int64_t length, uint32_t *restrict paired) {
+    for (int64_t first = 0; first < n; first += GROUP, paired += length) {
+        const number *one = x + first * length, *two = one + (GROUP - 1) * length;
+        if (first + GROUP <= n)
+            for (int64_t k = 0; k < length; k++) paired[k] = pair(one[k], two[k]);
+        else
+            for (int64_t k = 0; k < length; k++) paired[k] = pair(one[k], 0);
+    }
+}
+
+// gradient (64, 588, 48): products of padded x (n, 42, 42, 3) and d (n, 32, 32, 3), summed over examples; 0 where a
+// unit sees nothing. `scratch` has room for ceil(n / GROUP) * (42 * 42 * 3 + 32 * 32 * 3 + 42 + 48) cells.
+void outer(const number *restrict x, const number *restrict d, int64_t n, uint32_t *restrict scratch,
+           number *restrict gradient) {
+    const int64_t image = PADDED * PADDED * MAPS, groups = (n + GROUP - 1) / GROUP;
+    uint32_t *all_inputs = scratch, *all_units = all_inputs + groups * image;
+    uint32_t *inputs = all_units + groups * MAP, *units = inputs + groups * ROW;
+    uint32_t near[PATCH][2][UNITS];  // all ones where a unit sees this row, and this column, of the patch
+    for (int at = 0; at < PATCH; at++)
+        for (int u = 0; u < UNITS; u++) {
+            int row = u / UNIT_ROW, column = u % UNIT_ROW / MAPS;
+            near[at][0][u] = row <= at && at < row + FIELD ? ~0u : 0;
+            near[at][1][u] = column <= at && at < column + FIELD ? ~0u : 0;
+        }
+    pair_examples(x, n, image, all_inputs);
+    pair_examples(d, n, MAP, all_units);
+    for (int tile = 0; tile < (SIDE / TILE) * (SIDE / TILE); tile++) {
+        int i = tile / (SIDE / TILE), j = tile % (SIDE / TILE);
+        for (int64_t g = 0; g < groups; g++)
+            for (int row = 0; row < TILE; row++)
+                memcpy(units + g * UNITS + row * UNIT_ROW, all_units + g * MAP + units_at(i, j, row),
+                       UNIT_ROW * sizeof *units);
+        for (int row = 0; row < PATCH; row++) {
+            for (int64_t g = 0; g < groups; g++)
+                memcpy(inputs + g * ROW, all_inputs + g * image + inputs_at(i, j, row), ROW * sizeof *inputs);
+            for (int first = 0; first < ROW; first += INPUTS) {
+                vec sums[INPUTS][VECTORS] = {{{0}}};
+                for (int64_t g = 0; g < groups; g++) {
+                    UNROLL for (int k = 0; k < INPUTS; k++) {
+                        cells input = broadcast(inputs + g * ROW + first + k);
+                        UNROLL for (int v = 0; v < VECTORS; v++)
+                            sums[k][v] = multiply_add(sums[k][v], input, load(units + g * UNITS + v * LANES));
+                    }
+                }
+                UNROLL for (int k = 0; k < INPUTS; k++) {
+                    int64_t to = ((int64_t)tile * PATCH * ROW + row * ROW + first + k) * UNITS;
+                    UNROLL for (int v = 0; v < VECTORS; v++) {
+                        cells seen = load(near[row][0] + v * LANES) & load(near[(first + k) / MAPS][1] + v * LANES);
+                        narrow(gradient + to + v * LANES, (vec)((cells)sums[k][v] & seen));
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Adds to padded gradient (n, 42, 42, 3) that by the inputs, where d (n, 32, 32, 3) is that by the products.
+void back(const number *restrict d, const number *restrict weights, int64_t n, float *restrict gradient) {
+    const int64_t image = PADDED * PADDED * MAPS;
+    for (int tile = 0; tile < (SIDE / TILE) * (SIDE / TILE); tile++) {
+        int i = tile / (SIDE / TILE), j = tile % (SIDE / TILE);
+        const number *own = weights + (int64_t)tile * PATCH * ROW * UNITS;
+        for (int row = 0; row < PATCH; row++) {
+            uint32_t packed[UNITS / GROUP][UNITS] = {{0}};  // inputs are in the lanes
+            for (int k = 0; k < ROW; k++)
+                for (int u = 0; u < UNITS / GROUP; u++)
+                    memcpy(&packed[u][k], own + (row * ROW + k) * UNITS + u * GROUP, sizeof **packed);
+            for (int64_t first = 0; first < n; first += EXAMPLES) {
+                const number *from[EXAMPLES];
+                for (int e = 0; e < EXAMPLES; e++) from[e] = d + (first + e < n ? first + e : n - 1) * MAP;
+                vec sums[EXAMPLES][VECTORS] = {{{0}}};
+                for (int u = 0; u < UNITS / GROUP; u++) {
+                    int64_t at = units_at(i, j, u * GROUP / UNIT_ROW) + u * GROUP % UNIT_ROW;
+                    UNROLL for (int e = 0; e < EXAMPLES; e++) {
+                        cells unit = broadcast(from[e] + at);
+                        UNROLL for (int v = 0; v < VECTORS; v++)
+                            sums[e][v] = multiply_add(sums[e][v], unit, load(packed[u] + v * LANES));
+                    }
+                }
+                UNROLL for (int e = 0; e < EXAMPLES; e++) {
+                    float found[UNITS];
+                    memcpy(found, sums[e], sizeof found);
+                    if (first + e >= n) continue;
+                    float *to = gradient + (first + e) * image + inputs_at(i, j, row);
+                    for (int k = 0; k < ROW; k++) to[k] += found[k];
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,479 @@
+"""Forward-Forward on CIFAR-10, with local receptive fields (Hinton 2022): how far behind backpropagation?
+
+    python -m studies.ff_cifar                         # two layers, a short training: see the page for times
+    python -m studies.ff_cifar --configs 'choose-*'    # the choice of learning rates, on validation images
+    python -m studies.ff_cifar --configs '*-3'         # three layers
+
+A hidden layer is a map of 32x32 places with 3 units each, and a unit sees 11x11 places of the map below, or
+of the image's three colours: 363 inputs. No weights are shared, so this is no convolution. Published
+(`cifar-*` in reference/ff.toml): test errors of 37% and 39% for backpropagation with two and three layers, and
+of 41% with both for Forward-Forward that minimises the squares of activities for positives, read out by the
+goodness of every label; 45% with one pass and a softmax (two layers). Backpropagation is said to lower the
+training error much faster.
+
+What would refute it. A number: five seeds, if the 95% interval for one more seed leaves it out. That
+Forward-Forward is only slightly less accurate: a test error more than 10 points above that of backpropagation
+trained for as many passes. That backpropagation is much faster: if it does not reach the training error at
+which Forward-Forward ends in half of the passes; and, as a question of its own, in half of the time. That
+minimising is slightly better than maximising, and every label's goodness better than one pass: a difference
+in the other direction on every seed, or an interval of paired differences that leaves 0 out on that side.
+
+The paper leaves open, or we do not know, what is marked `# assumption`. Above all: from memory, the network
+of the paper is recurrent, and the label is its topmost input. Ours goes from the bottom to the top once, and
+every unit has ten more inputs for the label. Images have no border in which a label could be written.
+"""
+
+import fnmatch
+import hashlib
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import forward_forward as ff
+import utils
+from datasets import cifar10
+from kernels.local_fields import FieldKernels
+from records import run as runs
+from studies import common
+from studies.ff_common import head_gradient
+
+PAGE = utils.ROOT / "results" / "ff_cifar" / "README.md"
+
+# A layer, as one would write it on a blackboard
+#
+# Activities, like images, are rows (n, 3072): place by place, and the units or colours of a place together.
+
+SIDE, MAPS, FIELD = 32, 3, 11
+UNITS, FAN_IN, PLACES = SIDE * SIDE * MAPS, FIELD * FIELD * MAPS, SIDE * SIDE
+assert (UNITS, FAN_IN) == (3072, 363)
+
+
+def plain_products(x, weights):
+    """The products (n, 3072) of x (n, 3072) and weights (1024, 363, 3), of each place its own.
+
+    assumption: beyond its border a map is 0.
+    """
+    maps = x.view(-1, SIDE, SIDE, MAPS).permute(0, 3, 1, 2)
+    seen = F.unfold(maps, FIELD, padding=FIELD // 2)  # (n, 363, 1024)
+    return torch.einsum("nkp,pku->npu", seen, weights).flatten(1)
+
+
+def plain_activities(x, weights, biases, label_weights=None, codes=None):
+    """The activities (n, 3072) of a layer that sees x and, if it learns by Forward-Forward, codes (n, 10)."""
+    z = plain_products(x, weights) + biases
+    return (z if codes is None else z + codes @ label_weights).relu()
+
+
+SIGN = {"max": 1, "min": -1}  # of the sum of squares in the logit of an image being positive
+
+
+def plain_likelihood(h, config):
+    """The log-likelihood of a layer that has the activities h (2n, 3072) of n positives and n negatives."""
+    n = len(h) // 2
+    logit = SIGN[config.squares] * (h.square().sum(dim=1) - config.threshold * h.shape[1])
+    return F.logsigmoid(logit[:n]).sum() + F.logsigmoid(-logit[n:]).sum()
+
+
+# The same, faster
+#
+# Places that are neighbours see nearly the same, so 4x4 places are a tile, and see 14x14 places. The weights
+# of a tile are a matrix of 14*14*3 inputs and 4*4*3 units, in which all is 0 that a unit does not see; those
+# are 38% of it. A layer is 64 such products. The page says how long other ways take.
+
+TILE = 4
+TILES, PATCH = SIDE // TILE, TILE + FIELD - 1  # in one direction
+TILE_INPUTS, TILE_UNITS = PATCH * PATCH * MAPS, TILE * TILE * MAPS
+
+
+def of_fields(tiles):
+    """A view of matrices (64, 588, 48), those of the tiles, that has what units see: 1024 x 363 x 3 of them.
+
+    Its shape is (8, 4, 8, 4, 3, 11, 11, 3): row and column of places, both by tile and within it; map, row
+    and column within the field; unit. To go on by a place is to go on by as many inputs and by one place's units.
+    """
+    matrix, row, column = TILE_INPUTS * TILE_UNITS, PATCH * MAPS * TILE_UNITS, MAPS * TILE_UNITS
+    down, right = row + TILE * MAPS, column + MAPS
+    shape = TILES, TILE, TILES, TILE, MAPS, FIELD, FIELD, MAPS
+    return tiles.as_strided(shape, (TILES * matrix, down, matrix, right, TILE_UNITS, row, column, 1))
+
+
+def to_fields(tiles):
+    """The weights (1024, 363, 3) of `plain_products` in the matrices of the tiles."""
+    return of_fields(tiles).reshape(PLACES, FAN_IN, MAPS)
+
+
+def to_tiles(fields):
+    """The matrices (64, 588, 48) that have the weights (1024, 363, 3) in them."""
+    tiles = fields.new_zeros(TILES**2, TILE_INPUTS, TILE_UNITS)
+    view = of_fields(tiles)
+    view.copy_(fields.view(view.shape))
+    return tiles
+
+
+class TorchFields:
+    """Products with local fields, in PyTorch. `dtype` is that of x, weights and results."""
+
+    def __init__(self, device="cpu"):
+        self.mask = to_tiles(torch.ones(PLACES, FAN_IN, MAPS)).to(device)
+
+    def see(self, x):
+        """What the tiles see (64, n, 588) of x (n, 3072)."""
+        n, reach = len(x), FIELD // 2
+        padded = F.pad(x.view(n, SIDE, SIDE, MAPS), (0, 0, reach, reach, reach, reach))
+        image, row, column, _ = padded.stride()
+        shape = TILES, TILES, n, PATCH, PATCH * MAPS
+        return padded.as_strided(shape, (TILE * row, TILE * column, image, row, 1)).reshape(TILES**2, n, -1)
+
+    def products(self, seen, weights):
+        """As `plain_products`."""
+        products = torch.bmm(seen, weights).view(TILES, TILES, -1, TILE, TILE * MAPS)
+        return products.permute(2, 0, 3, 1, 4).reshape(-1, UNITS)
+
+    def outer(self, seen, d):
+        """The gradient by the weights: products of what is seen and of d (n, 3072), summed over examples."""
+        gradient = torch.bmm(seen.transpose(1, 2), self._by_tile(d))
+        return gradient.mul_(self.mask.to(gradient.dtype))
+
+    def back(self, d, weights):
+        """The gradient by x (n, 3072), float32, of which d (n, 3072) is that by the products."""
+        of_patches = torch.bmm(self._by_tile(d), weights.transpose(1, 2))
+        of_patches = of_patches.view(TILES, TILES, len(d), PATCH, PATCH, MAPS)
+        padded = torch.zeros(len(d), SIDE + FIELD - 1, SIDE + FIELD - 1, MAPS, device=d.device)
+        for row, tiles in zip(range(0, SIDE, TILE), of_patches):
+            for column, own in zip(range(0, SIDE, TILE), tiles):
+                padded[:, row : row + PATCH, column : column + PATCH] += own
+        inside = slice(FIELD // 2, FIELD // 2 + SIDE)
+        return padded[:, inside, inside].reshape(len(d), UNITS)
+
+    def _by_tile(self, d):
+        own = d.view(len(d), TILES, TILE, TILES, TILE * MAPS)
+        return own.permute(1, 3, 0, 2, 4).reshape(TILES**2, len(d), TILE_UNITS)
+
+
+class Layer:
+    """Weights by tile, of a label, and biases; their smoothed gradients; the mean activity of each unit."""
+
+    def __init__(self, generator, scale, dtype, device="cpu"):
+        normal = generator.standard_normal((PLACES, FAN_IN, MAPS), dtype=np.float32)
+        self.weights = to_tiles(torch.from_numpy(normal) * scale / FAN_IN**0.5).to(device)
+        labels = generator.standard_normal((ff.LABELS, UNITS), dtype=np.float32)
+        self.label_weights = (torch.from_numpy(labels) * scale / FAN_IN**0.5).to(device)
+        self.biases = torch.zeros(UNITS, device=device)
+        self.velocity, self.label_velocity, self.bias_velocity = map(
+            torch.zeros_like, (self.weights, self.label_weights, self.biases)
+        )
+        self.mean_activity = torch.full((UNITS,), 0.5, device=device)
+        self.weights_lowp = self.weights.to(dtype, copy=True)  # what is multiplied by
+
+
+class Network:
+    """Layers, and a softmax: of all layers for Forward-Forward, of the last one for backpropagation."""
+
+    def __init__(self, config, seed, engine, fields, device="cpu"):
+        self.config, self.engine, self.fields = SimpleNamespace(**config), engine, fields
+        generator = np.random.default_rng(seed)
+        # What a ReLU passes on has half of the mean square. Forward-Forward scales it up again.
+        scale = 2**0.5 if self.config.method == "bp" else 1.0
+        self.layers = [Layer(generator, scale, engine.dtype, device) for _ in range(self.config.layers)]
+        read = UNITS * (1 if self.config.method == "bp" else self.config.layers)
+        self.head, self.head_velocity = torch.zeros(2, read, ff.LABELS, device=device)
+
+
+def step(network, gradients, head, n, rate):
+    """One step up: `gradients` has, for each layer, those by weights (a list), label weights and biases."""
+    config = network.config
+    lr, momentum, decay = rate * config.lr, config.momentum, config.weight_decay
+    for layer, (weights, of_labels, biases) in zip(network.layers, gradients):
+        flat = (tensor.view(-1) for tensor in (layer.weights, layer.velocity, layer.weights_lowp))
+        parts = [part.view(-1) for part in weights]
+        network.engine.update(*flat, parts, 1 / n, momentum, lr, decay)
+        if of_labels is not None:
+            ff.ascend(layer.label_weights, layer.label_velocity, of_labels / n, momentum, lr, decay)
+        ff.ascend(layer.biases, layer.bias_velocity, biases / n, momentum, lr)
+    ff.ascend(network.head, network.head_velocity, head / n, momentum, rate * config.head_lr, decay)
+
+
+# Forward-Forward
+
+
+def forward(network, products, labels):
+    """For every layer what it sees, its activities, what it passes on, and its sums of squares.
+
+    `products` (n, 3072) are those of the images and the first layer's weights, which no label changes. Label
+    10 is the neutral one, a tenth of each.
+    """
+    found, seen = [], None
+    for layer in network.layers:
+        if found:
+            seen = network.fields.see(found[-1][2])
+            products = network.fields.products(seen, layer.weights_lowp)
+        rows = network.config.label_scale * layer.label_weights
+        rows = torch.cat([rows, rows.mean(dim=0, keepdim=True)]) + layer.biases
+        found.append((seen, *network.engine.activate(products, rows, labels)))
+    return found
+
+
+def read_softmax(network, products):
+    """What all layers pass on (n, layers * 3072) of images with the neutral label; the softmax's logits."""
+    neutral = torch.full((len(products),), ff.LABELS, device=products.device)
+    read = torch.cat([passed_on for _, _, passed_on, _ in forward(network, products, neutral)], dim=1)
+    return read, (read @ network.head.to(read.dtype)).float()
+
+
+def layer_gradient(layer, k, pair, labels, seen, network):
+    """The gradients of layer k, its loss, and how many pairs it orders wrongly.
+
+    `pair` has what `forward` found for positives and negatives, whose labels are `labels`. The derivative of
+    the log-likelihood by the logit is 1 - p for positives and -p for negatives; by the products it is that
+    times twice the activities. Nothing comes from the layers above.
+    """
+    config, fields = network.config, network.fields
+    logits = [SIGN[config.squares] * (found[k][3] - config.threshold * UNITS) for found in pair]
+    weights, of_labels, biases, loss = [], 0, 0, 0
+    for sign, own, found, logit in zip((1, -1), labels, pair, logits):
+        wrong_by = torch.sigmoid(-sign * logit)  # 1 - p of positives, p of negatives
+        d = (2 * sign * SIGN[config.squares] * wrong_by)[:, None] * found[k][1].float()
+        if sign == 1:  # peer normalisation, as in forward_forward.py
+            d += config.peer * (layer.mean_activity.mean() - layer.mean_activity)
+        of_labels = of_labels + config.label_scale * F.one_hot(own, ff.LABELS).float().T @ d
+        biases = biases + d.sum(dim=0)
+        loss += F.softplus(-sign * logit).sum()
+        weights.append(d.to(found[k][1].dtype))
+    if k == 0:  # both see the same image
+        weights = [fields.outer(seen, weights[0] + weights[1])]
+    else:
+        weights = [fields.outer(found[k][0], d) for found, d in zip(pair, weights)]
+    return (weights, of_labels, biases), float(loss), int((logits[0] <= logits[1]).sum())
+
+
+def ff_step(network, images, labels, chance, rate):
+    """One step on images (n, 3072): each layer's loss and pairs ordered wrongly; the softmax's misses."""
+    n, seen = len(images), network.fields.see(images)
+    products = network.fields.products(seen, network.layers[0].weights_lowp)
+    read, logits = read_softmax(network, products)
+    head, misses = head_gradient(read, logits, labels)
+    wrong = ff.sample_negatives(labels, chance, logits)
+    pair = [forward(network, products, own) for own in (labels, wrong)]
+    found = [
+        layer_gradient(layer, k, pair, (labels, wrong), seen, network)
+        for k, layer in enumerate(network.layers)
+    ]
+    step(network, [gradients for gradients, _, _ in found], head, n, rate)
+    for layer, (_, h, _, _) in zip(network.layers, pair[0]):
+        layer.mean_activity.lerp_(h.float().mean(dim=0), 0.1)
+    return [loss for _, loss, _ in found], [wrongly for _, _, wrongly in found], int(misses)
+
+
+def ff_answers(network, images):
+    """way -> logits (n, 10): the goodness of every label, of all layers or but the first; the softmax."""
+    config = network.config
+    products = network.fields.products(network.fields.see(images), network.layers[0].weights_lowp)
+    goodness = []
+    for label in range(ff.LABELS):
+        found = forward(network, products, torch.full((len(images),), label, device=images.device))
+        goodness.append(torch.stack([SIGN[config.squares] * sums for *_, sums in found]))
+    goodness = torch.stack(goodness, dim=2)  # (layers, n, 10)
+    softmax = read_softmax(network, products)[1]
+    return {"all": goodness.sum(dim=0), "skip-first": goodness[1:].sum(dim=0), "softmax": softmax}
+
+
+# Backpropagation
+
+
+def bp_forward(network, images):
+    """For every layer what it sees and its activities, and the softmax's logits (n, 10)."""
+    found, x = [], images
+    none = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    for layer in network.layers:
+        seen = network.fields.see(x)
+        products = network.fields.products(seen, layer.weights_lowp)
+        x = network.engine.activate(products, layer.biases[None], none)[0]
+        found.append((seen, x))
+    return found, (x @ network.head.to(x.dtype)).float()
+
+
+def bp_gradients(network, images, labels):
+    """The gradients of the layers and of the softmax, the logits, and the misses."""
+    found, logits = bp_forward(network, images)
+    head, misses = head_gradient(found[-1][1], logits, labels)
+    error = F.one_hot(labels, ff.LABELS) - torch.softmax(logits, dim=1)
+    d, gradients = error @ network.head.T, []
+    for k, (seen, h) in reversed(list(enumerate(found))):
+        d = (d * (h > 0)).to(h.dtype)
+        gradients.insert(0, ([network.fields.outer(seen, d)], None, d.float().sum(dim=0)))
+        if k:
+            d = network.fields.back(d, network.layers[k].weights_lowp)
+    return gradients, head, logits, misses
+
+
+def bp_step(network, images, labels, chance, rate):
+    """One step on images (n, 3072): the loss, nothing, and the misses."""
+    gradients, head, logits, misses = bp_gradients(network, images, labels)
+    step(network, gradients, head, len(images), rate)
+    return [float(F.cross_entropy(logits, labels, reduction="sum"))], [], int(misses)
+
+
+def bp_answers(network, images):
+    """way -> logits (n, 10) of images; there is but one way."""
+    return {"softmax": bp_forward(network, images)[1]}
+
+
+# Configs
+
+# assumption: all of these, but for the number of layers, are ours or of Hinton's Matlab code for MNIST.
+USUAL = {
+    "layers": 2, "passes": 20, "batch_size": 200, "lr_hold": 0.5, "momentum": 0.9, "weight_decay": 1e-3,
+    "validation": 0, "curve_images": 2000, "precision": "bf16",
+}  # fmt: skip
+FF = {"method": "ff", "threshold": 1.0, "label_scale": 8.0, "peer": 0.03, "head_lr": 0.1, "lr": 0.01}
+METHODS = {
+    "bp": {**USUAL, "method": "bp", "lr": 0.1, "head_lr": 0.1},
+    "ff-max": {**USUAL, **FF, "squares": "max"},
+    "ff-min": {**USUAL, **FF, "squares": "min"},
+}
+CONFIGS = {
+    f"{name}-{layers}": {**own, "layers": layers} for layers in (2, 3) for name, own in METHODS.items()
+}
+# What was tried, with two layers, before METHODS was filled in: learning rates, then the scale of labels.
+CHOOSING = {"passes": 4, "validation": 5000}
+TRIED = {
+    "bp": [{"lr": lr} for lr in (0.03, 0.1, 0.3)],
+    "ff-max": [{"lr": lr, "label_scale": 8.0} for lr in (0.003, 0.01, 0.03)],
+    "ff-min": [{"lr": lr, "label_scale": 8.0} for lr in (0.003, 0.01, 0.03)],
+}
+CHOICES = {
+    "-".join(["choose", name, *(f"{key.replace('_', '-')}{value}" for key, value in changes.items())]): {
+        **METHODS[name], **CHOOSING, **changes
+    }
+    for name, tried in TRIED.items() for changes in tried
+}  # fmt: skip
+SMOKE = {"passes": 2, "smoke_images": 400, "curve_images": 100}
+STEPS = {"ff": (ff_step, ff_answers), "bp": (bp_step, bp_answers)}
+
+
+# Training and evaluation
+
+
+def load(dtype, data_root=None, at_most=None):
+    """split -> images (n, 3072) and labels (n,), at most so many, and the SHA-256 of all the data.
+
+    Each colour has a mean of 0 and a standard deviation of 1 over the training images, and then each image
+    has a root mean square of 1, so that Forward-Forward cannot tell anything by an image's contrast.
+    """
+    digest, splits = hashlib.sha256(), cifar10.load(data_root)
+    for images, labels in splits.values():
+        digest.update(images.tobytes() + labels.tobytes())
+    values, train = np.arange(256), splits["train"][0]
+    counts = [np.bincount(train[..., colour].ravel(), minlength=256) for colour in range(MAPS)]
+    mean = np.array([np.average(values, weights=own) for own in counts])
+    variance = [np.average((values - m) ** 2, weights=own) for m, own in zip(mean, counts)]
+    mean, sd = (torch.from_numpy(each).float() for each in (mean, np.sqrt(variance)))
+
+    def normalise(images):
+        return ff.unit_rms(((images - mean) / sd).flatten(1)).to(dtype)
+
+    found = {}
+    for split, own in splits.items():
+        images, labels = (torch.from_numpy(each[:at_most]) for each in own)
+        found[split] = torch.cat([normalise(part) for part in images.split(2000)]), labels
+    return found, digest.hexdigest()
+
+
+def split_for(config, splits):
+    """The splits that a config learns from and is tested on: with `validation`, no test images."""
+    held_out = config["validation"]
+    (x, y), n = splits["train"], len(splits["train"][1])
+    if not held_out:
+        return splits
+    return {"train": (x[: n - held_out], y[: n - held_out]), "validation": (x[-held_out:], y[-held_out:])}
+
+
+def evaluate(network, images, labels, answers):
+    """The loss of the first way to answer, its misses, and the errors of every way in percent."""
+    found = [answers(network, part) for part in images.split(200)]
+    found = {way: torch.cat([own[way] for own in found]) for way in found[0]}
+    misses = {way: int((logits.argmax(dim=1) != labels).sum()) for way, logits in found.items()}
+    first = next(iter(found))
+    loss = float(F.cross_entropy(found[first].double(), labels))
+    return loss, misses[first], {way: 100 * count / len(labels) for way, count in misses.items()}
+
+
+def train(config, seed, splits, engine, fields, progress):
+    """The records of a network: after each pass of the first training images, at the end of whole splits."""
+    splits, records = split_for(config, splits), []
+    (images, labels), (one_step, answers) = splits["train"], STEPS[config["method"]]
+    n, curve = len(labels), config["curve_images"]
+    with torch.inference_mode():
+        network = Network(config, seed, engine, fields, images.device)
+        for number in range(config["passes"]):
+            generator, losses, wrongly, misses = np.random.default_rng((seed, number)), 0, 0, 0
+            order = torch.from_numpy(generator.permutation(n)).to(labels.device)
+            chance = torch.from_numpy(generator.random(n, dtype=np.float32)).to(labels.device)
+            for first in range(0, n, config["batch_size"]):
+                batch = slice(first, first + config["batch_size"])
+                chosen = order[batch]
+                rate = ff.lr_schedule((number + first / n) / config["passes"], config["lr_hold"])
+                loss, wrong, missed = one_step(network, images[chosen], labels[chosen], chance[batch], rate)
+                losses, wrongly, misses = losses + np.array(loss), wrongly + np.array(wrong), misses + missed
+                progress(len(chosen))
+            if not np.isfinite(losses).all():
+                where = f"seed {seed}: training diverged in pass {number + 1}"
+                raise utils.RunFailed(f"{where}: lower the config's lr")
+            shown = {"presentations": (number + 1) * n}
+            running = {"layer_losses": (losses / n).tolist(), "layer_errors": (100 * wrongly / n).tolist()}
+            running |= {"softmax_error": 100 * misses / n}
+            records.append({"pass": number + 1, "split": "running", **running, **shown})
+            loss, missed, errors = evaluate(network, images[:curve], labels[:curve], answers)
+            found = runs.evaluation(number + 1, "curve", loss, missed, min(curve, n))
+            records.append(found | {"errors": errors} | shown)
+        for split in ("validation",) if config["validation"] else ("train", "test"):
+            loss, missed, errors = evaluate(network, *splits[split], answers)
+            found = runs.evaluation(config["passes"], split, loss, missed, len(splits[split][1]))
+            records.append(found | {"errors": errors} | shown)
+    return records
+
+
+# Command line
+
+
+def parse_flags(argv):
+    parser = common.study_flags("ff_cifar", __doc__, seed=1337, seeds=1)
+    names, usual = [*CONFIGS, *CHOICES], ["*-2"]
+    words = f"which to train, as patterns, of {', '.join(names)} (default: {' '.join(usual)})"
+    parser.add_argument("--configs", nargs="+", default=usual, metavar="PATTERN", help=words)
+    words = "of matrix products (default: bf16, which is slow on a processor that does not have it)"
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help=words)
+    args = common.parse(parser, argv)
+    for pattern in args.configs:
+        if not fnmatch.filter(names, pattern):
+            raise utils.BadRequest(f"--configs {pattern} is none of {', '.join(names)}")
+    wanted = [name for name in names if any(fnmatch.fnmatchcase(name, own) for own in args.configs)]
+    return args, {name: {**CONFIGS, **CHOICES}[name] for name in wanted}
+
+
+@utils.exit_status
+def main(argv=None):
+    args, configs = parse_flags(argv)
+    torch.set_num_threads(1)  # each thread trains a network by itself
+    engine, engine_name = ff.pick_engine(args.engine, args.device, args.precision)
+    fields = FieldKernels(engine.dtype) if engine_name == "c" else TorchFields(args.device)
+    splits, sha256 = load(engine.dtype, args.data_root, SMOKE["smoke_images"] if args.smoke else None)
+    splits = {split: (x.to(args.device), y.to(args.device)) for split, (x, y) in splits.items()}
+    changes = {"precision": args.precision} | (SMOKE if args.smoke else {})
+    suffix = "-fp32" if args.precision == "fp32" else ""
+    configs = {name + suffix: {**config, **changes} for name, config in configs.items()}
+    for config in configs.values() if args.smoke else ():
+        config["validation"] = min(config["validation"], 100)
+    common.run_configs(
+        args, "ff_cifar", configs,
+        lambda config, seed, progress: train(config, seed, splits, engine, fields, progress), sha256,
+        work=lambda config: config["passes"] * len(split_for(config, splits)["train"][1]),
+        engine=engine_name, device=args.device,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
