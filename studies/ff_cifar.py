@@ -6,10 +6,10 @@
 
 A hidden layer is a map of 32x32 places with 3 units each, and a unit sees 11x11 places of the map below, or
 of the image's three colours: 363 inputs. No weights are shared, so this is no convolution. Published
-(`cifar-*` in reference/ff.toml): test errors of 37% and 39% for backpropagation with two and three layers, and
-of 41% with both for Forward-Forward that minimises the squares of activities for positives, read out by the
-goodness of every label; 45% with one pass and a softmax (two layers). Backpropagation is said to lower the
-training error much faster.
+(`cifar-*` in reference/ff.toml): test errors of 37% and 39% for backpropagation with two and three layers,
+and of 41% with both for Forward-Forward that minimises the squares of activities for positives, read out by
+the goodness of every label; 45% with one pass and a softmax (two layers). Backpropagation is said to lower
+the training error much faster.
 
 What would refute it. A number: five seeds, if the 95% interval for one more seed leaves it out. That
 Forward-Forward is only slightly less accurate: a test error more than 10 points above that of backpropagation
@@ -25,6 +25,7 @@ every unit has ten more inputs for the label. Images have no border in which a l
 
 import fnmatch
 import hashlib
+import math
 import sys
 from types import SimpleNamespace
 
@@ -36,8 +37,9 @@ import forward_forward as ff
 import utils
 from datasets import cifar10
 from kernels.local_fields import FieldKernels
+from records import figures
 from records import run as runs
-from studies import common
+from studies import common, ff_cifar_page
 from studies.ff_common import head_gradient
 
 PAGE = utils.ROOT / "results" / "ff_cifar" / "README.md"
@@ -81,23 +83,24 @@ def plain_likelihood(h, config):
 #
 # Places that are neighbours see nearly the same, so 4x4 places are a tile, and see 14x14 places. The weights
 # of a tile are a matrix of 14*14*3 inputs and 4*4*3 units, in which all is 0 that a unit does not see; those
-# are 38% of it. A layer is 64 such products. The page says how long other ways take.
+# are 38% of it. A layer is 64 such products. studies/ff_cifar_speed.py says how long other ways take.
 
 TILE = 4
-TILES, PATCH = SIDE // TILE, TILE + FIELD - 1  # in one direction
-TILE_INPUTS, TILE_UNITS = PATCH * PATCH * MAPS, TILE * TILE * MAPS
 
 
 def of_fields(tiles):
-    """A view of matrices (64, 588, 48), those of the tiles, that has what units see: 1024 x 363 x 3 of them.
+    """A view of the tiles' matrices, (64, 588, 48) for tiles of 4x4, that has only what units see.
 
     Its shape is (8, 4, 8, 4, 3, 11, 11, 3): row and column of places, both by tile and within it; map, row
-    and column within the field; unit. To go on by a place is to go on by as many inputs and by one place's units.
+    and column within the field; unit. The next place's weights stand as many inputs and units farther on.
     """
-    matrix, row, column = TILE_INPUTS * TILE_UNITS, PATCH * MAPS * TILE_UNITS, MAPS * TILE_UNITS
-    down, right = row + TILE * MAPS, column + MAPS
-    shape = TILES, TILE, TILES, TILE, MAPS, FIELD, FIELD, MAPS
-    return tiles.as_strided(shape, (TILES * matrix, down, matrix, right, TILE_UNITS, row, column, 1))
+    count, inputs, units = tiles.shape
+    side, tile = math.isqrt(count), math.isqrt(units // MAPS)
+    row, column = (tile + FIELD - 1) * MAPS * units, MAPS * units
+    shape = side, tile, side, tile, MAPS, FIELD, FIELD, MAPS
+    down, right = row + tile * MAPS, column + MAPS
+    strides = side * inputs * units, down, inputs * units, right, units, row, column, 1
+    return tiles.as_strided(shape, strides)
 
 
 def to_fields(tiles):
@@ -105,31 +108,33 @@ def to_fields(tiles):
     return of_fields(tiles).reshape(PLACES, FAN_IN, MAPS)
 
 
-def to_tiles(fields):
-    """The matrices (64, 588, 48) that have the weights (1024, 363, 3) in them."""
-    tiles = fields.new_zeros(TILES**2, TILE_INPUTS, TILE_UNITS)
+def to_tiles(fields, tile=TILE):
+    """The matrices of the tiles that have the weights (1024, 363, 3) in them."""
+    tiles = fields.new_zeros((SIDE // tile) ** 2, (tile + FIELD - 1) ** 2 * MAPS, tile**2 * MAPS)
     view = of_fields(tiles)
     view.copy_(fields.view(view.shape))
     return tiles
 
 
 class TorchFields:
-    """Products with local fields, in PyTorch. `dtype` is that of x, weights and results."""
+    """Products with local fields, by tiles, in PyTorch; x, weights and d have one dtype, as results have."""
 
-    def __init__(self, device="cpu"):
-        self.mask = to_tiles(torch.ones(PLACES, FAN_IN, MAPS)).to(device)
+    def __init__(self, device="cpu", tile=TILE):
+        self.mask = to_tiles(torch.ones(PLACES, FAN_IN, MAPS), tile).to(device)
+        self.tile, self.tiles, self.patch = tile, SIDE // tile, tile + FIELD - 1  # in one direction
 
     def see(self, x):
         """What the tiles see (64, n, 588) of x (n, 3072)."""
         n, reach = len(x), FIELD // 2
         padded = F.pad(x.view(n, SIDE, SIDE, MAPS), (0, 0, reach, reach, reach, reach))
         image, row, column, _ = padded.stride()
-        shape = TILES, TILES, n, PATCH, PATCH * MAPS
-        return padded.as_strided(shape, (TILE * row, TILE * column, image, row, 1)).reshape(TILES**2, n, -1)
+        shape = self.tiles, self.tiles, n, self.patch, self.patch * MAPS
+        patches = padded.as_strided(shape, (self.tile * row, self.tile * column, image, row, 1))
+        return patches.reshape(self.tiles**2, n, -1)
 
     def products(self, seen, weights):
-        """As `plain_products`."""
-        products = torch.bmm(seen, weights).view(TILES, TILES, -1, TILE, TILE * MAPS)
+        """As `plain_products`, of what `see` returned and the matrices of the tiles."""
+        products = torch.bmm(seen, weights).view(self.tiles, self.tiles, -1, self.tile, self.tile * MAPS)
         return products.permute(2, 0, 3, 1, 4).reshape(-1, UNITS)
 
     def outer(self, seen, d):
@@ -140,17 +145,17 @@ class TorchFields:
     def back(self, d, weights):
         """The gradient by x (n, 3072), float32, of which d (n, 3072) is that by the products."""
         of_patches = torch.bmm(self._by_tile(d), weights.transpose(1, 2))
-        of_patches = of_patches.view(TILES, TILES, len(d), PATCH, PATCH, MAPS)
+        of_patches = of_patches.view(self.tiles, self.tiles, len(d), self.patch, self.patch, MAPS)
         padded = torch.zeros(len(d), SIDE + FIELD - 1, SIDE + FIELD - 1, MAPS, device=d.device)
-        for row, tiles in zip(range(0, SIDE, TILE), of_patches):
-            for column, own in zip(range(0, SIDE, TILE), tiles):
-                padded[:, row : row + PATCH, column : column + PATCH] += own
+        for row, tiles in zip(range(0, SIDE, self.tile), of_patches):
+            for column, own in zip(range(0, SIDE, self.tile), tiles):
+                padded[:, row : row + self.patch, column : column + self.patch] += own
         inside = slice(FIELD // 2, FIELD // 2 + SIDE)
         return padded[:, inside, inside].reshape(len(d), UNITS)
 
     def _by_tile(self, d):
-        own = d.view(len(d), TILES, TILE, TILES, TILE * MAPS)
-        return own.permute(1, 3, 0, 2, 4).reshape(TILES**2, len(d), TILE_UNITS)
+        own = d.view(len(d), self.tiles, self.tile, self.tiles, self.tile * MAPS)
+        return own.permute(1, 3, 0, 2, 4).reshape(self.tiles**2, len(d), -1)
 
 
 class Layer:
@@ -419,14 +424,14 @@ def train(config, seed, splits, engine, fields, progress):
                 loss, wrong, missed = one_step(network, images[chosen], labels[chosen], chance[batch], rate)
                 losses, wrongly, misses = losses + np.array(loss), wrongly + np.array(wrong), misses + missed
                 progress(len(chosen))
-            if not np.isfinite(losses).all():
-                where = f"seed {seed}: training diverged in pass {number + 1}"
-                raise utils.RunFailed(f"{where}: lower the config's lr")
             shown = {"presentations": (number + 1) * n}
             running = {"layer_losses": (losses / n).tolist(), "layer_errors": (100 * wrongly / n).tolist()}
             running |= {"softmax_error": 100 * misses / n}
             records.append({"pass": number + 1, "split": "running", **running, **shown})
             loss, missed, errors = evaluate(network, images[:curve], labels[:curve], answers)
+            if not np.isfinite([*losses, loss]).all():
+                where = f"seed {seed}: training diverged in pass {number + 1}"
+                raise utils.RunFailed(f"{where}: lower the config's lr")
             found = runs.evaluation(number + 1, "curve", loss, missed, min(curve, n))
             records.append(found | {"errors": errors} | shown)
         for split in ("validation",) if config["validation"] else ("train", "test"):
@@ -434,6 +439,11 @@ def train(config, seed, splits, engine, fields, progress):
             found = runs.evaluation(config["passes"], split, loss, missed, len(splits[split][1]))
             records.append(found | {"errors": errors} | shown)
     return records
+
+
+def tables(folder=PAGE.parent):
+    """The page's tables, name -> Markdown."""
+    return ff_cifar_page.tables(folder)
 
 
 # Command line
@@ -466,13 +476,15 @@ def main(argv=None):
     suffix = "-fp32" if args.precision == "fp32" else ""
     configs = {name + suffix: {**config, **changes} for name, config in configs.items()}
     for config in configs.values() if args.smoke else ():
-        config["validation"] = min(config["validation"], 100)
+        config["validation"] = min(config["validation"], SMOKE["smoke_images"] // 2)
     common.run_configs(
         args, "ff_cifar", configs,
         lambda config, seed, progress: train(config, seed, splits, engine, fields, progress), sha256,
         work=lambda config: config["passes"] * len(split_for(config, splits)["train"][1]),
         engine=engine_name, device=args.device,
     )  # fmt: skip
+    figures.save(ff_cifar_page.plot(args.out), args.out / "curves.png")
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,479 @@
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import one_sentence
+
+import forward_forward as ff
+import utils
+from datasets import cifar10
+from kernels import build
+from kernels.local_fields import FieldKernels
+from records.run import read_run
+from studies import ff_cifar as study
+from studies import ff_cifar_page, ff_cifar_speed
+
+environment = functools.cache(utils.environment)  # git, once
+SMALL = {"passes": 2, "batch_size": 10, "curve_images": 30, "precision": "fp32"}
+
+
+@functools.cache
+def compiled(dtype):
+    try:
+        return FieldKernels(dtype)
+    except build.Unavailable as error:
+        pytest.skip(f"no C compiler: {error}")
+
+
+def fields_of(name, dtype=torch.float32):
+    return compiled(dtype) if name == "c" else study.TorchFields(tile=int(name))
+
+
+@functools.cache
+def examples(n=5, dtype=torch.float64):
+    """x and d (n, 3072), and weights (1024, 363, 3)."""
+    generator = torch.Generator().manual_seed(n)
+    x, d = (torch.randn(n, 3072, generator=generator, dtype=torch.float64) for _ in range(2))
+    weights = torch.randn(1024, 363, 3, generator=generator, dtype=torch.float64)
+    return [tensor.to(dtype) for tensor in (x, d, weights)]
+
+
+# A layer
+
+
+@pytest.mark.quick
+def test_a_unit_multiplies_what_it_sees():
+    """By loops over the places of its field; beyond the border there is nothing."""
+    x, _, weights = examples()
+    products = study.plain_products(x, weights).view(5, 32, 32, 3)
+    maps, by_place = x.view(5, 32, 32, 3), weights.view(32, 32, 3, 11, 11, 3)
+    for row, column in ((0, 0), (4, 31), (16, 15), (31, 7)):
+        total = torch.zeros(5, 3, dtype=torch.float64)
+        for down in range(11):
+            for right in range(11):
+                r, c = row + down - 5, column + right - 5
+                if 0 <= r < 32 and 0 <= c < 32:
+                    total += maps[:, r, c] @ by_place[row, column, :, down, right]
+        torch.testing.assert_close(products[:, row, column], total)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("tile", [4, 8])
+def test_the_matrices_of_tiles_have_every_weight_once_and_zeros(tile):
+    weights = torch.arange(1, 1 + 1024 * 363 * 3, dtype=torch.float64).view(1024, 363, 3)
+    tiles = study.to_tiles(weights, tile)
+    assert torch.equal(study.to_fields(tiles), weights)
+    assert int((tiles != 0).sum()) == 3072 * 363 and float(tiles.sum()) == float(weights.sum())
+    assert tiles.shape == ((32 // tile) ** 2, (tile + 10) ** 2 * 3, tile**2 * 3)
+
+
+@pytest.mark.parametrize("n", [1, 5, 18])
+@pytest.mark.parametrize("name", ["4", "8", "c"])
+def test_products_and_gradients_against_autograd_in_float64(name, n):
+    fields, tile = fields_of(name), 8 if name == "8" else 4
+    x, d, weights = examples(n)
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    true = study.plain_products(x, weights)
+    by_x, by_weights = torch.autograd.grad((true * d).sum(), (x, weights))
+    x, d, tiles = x.detach().float(), d.float(), study.to_tiles(weights.detach().float(), tile)
+    seen = fields.see(x)
+    # The largest error measured is 3e-5, of numbers up to 90.
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=2e-4, check_dtype=False)
+    close(fields.products(seen, tiles), true)
+    close(fields.back(d, tiles), by_x)
+    found = fields.outer(seen, d)
+    close(study.to_fields(found), by_weights)
+    assert torch.equal(found != 0, study.to_tiles(by_weights, tile) != 0)  # no gradient where nothing is seen
+
+
+@pytest.mark.parametrize("n", [1, 5, 18])
+@pytest.mark.parametrize("target", [None, ["-march=x86-64-v3"]])
+def test_c_multiplies_bfloat16_as_pytorch_does(n, target):
+    """The results differ from those of float64 by the rounding of results alone: sums are float32."""
+    try:
+        fields = FieldKernels(torch.bfloat16, target)
+    except build.Unavailable as error:
+        pytest.skip(f"no C compiler: {error}")
+    x, d, weights = examples(n, torch.bfloat16)
+    exact, tiles = study.TorchFields(), study.to_tiles(weights)
+    seen, wide = fields.see(x), exact.see(x.double())
+    # A half of the last place is 2**-9 of a number; sums of float32 may differ by 1e-4 in all.
+    close = functools.partial(torch.testing.assert_close, rtol=2**-8, atol=2e-4, check_dtype=False)
+    close(fields.products(seen, tiles), exact.products(wide, tiles.double()))
+    close(fields.outer(seen, d), exact.outer(wide, d.double()))
+    close(fields.back(d, tiles).double(), exact.back(d.double(), tiles.double()))
+
+
+@pytest.mark.quick
+def test_c_refuses_what_it_cannot_read():
+    fields, (x, d, weights) = compiled(torch.float32), examples(5, torch.float32)
+    seen, tiles = fields.see(x), study.to_tiles(weights)
+    wrong = [
+        lambda: fields.see(x.double()),
+        lambda: fields.see(x[:, 1:]),
+        lambda: fields.products(x, tiles),
+        lambda: fields.products(seen, weights),
+        lambda: fields.outer(seen, d[1:]),
+        lambda: fields.outer(seen[:, 1:], d),
+        lambda: fields.back(d.T, tiles),
+        lambda: fields.back(d, tiles.bfloat16()),
+    ]
+    for call in wrong:
+        with pytest.raises(ValueError, match="not"):
+            call()
+    with pytest.raises(ValueError, match="float16"):
+        FieldKernels(torch.float16)
+
+
+# Networks
+
+
+def network_of(name, layers=2, engine_name="4", **changes):
+    """A network in which nothing is 0, and no two things are alike."""
+    config = {**study.METHODS[name], "layers": layers, **changes}
+    network = study.Network(config, 3, ff.TorchOps(torch.float32), fields_of(engine_name))
+    generator = torch.Generator().manual_seed(1)
+    for layer in network.layers:
+        layer.biases.normal_(0, 0.3, generator=generator)
+        layer.mean_activity.uniform_(0, 1, generator=generator)
+    network.head.normal_(0, 0.02, generator=generator)
+    return network
+
+
+def in_float64(network):
+    """For each layer weights (1024, 363, 3), label weights and biases; the softmax's; all to derive by."""
+    layers = [[study.to_fields(layer.weights), layer.label_weights, layer.biases] for layer in network.layers]
+    layers = [[tensor.double().clone().requires_grad_() for tensor in own] for own in layers]
+    return layers, network.head.double().clone().requires_grad_()
+
+
+def codes_of(labels, label_scale):
+    """One-hot codes; of label 10 a tenth of everything."""
+    table = torch.cat([torch.eye(10), torch.full((1, 10), 0.1)]).double()
+    return label_scale * table[labels]
+
+
+def run_up(x, layers, codes):
+    """The activities of every layer, and what each passes on; no gradient crosses that."""
+    activities, passed_on = [], []
+    for weights, label_weights, biases in layers:
+        activities.append(study.plain_activities(x, weights, biases, label_weights, codes))
+        h = activities[-1].detach()
+        passed_on.append(h / (h.square().mean(dim=1, keepdim=True) + 1e-8).sqrt())
+        x = passed_on[-1]
+    return activities, passed_on
+
+
+def images_and_labels(n=6):
+    images = ff.unit_rms(examples(n, torch.float32)[0])
+    return images, torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])[:n]
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """What `step` is called with, in the place of a step."""
+    calls = []
+    monkeypatch.setattr(study, "step", lambda *arguments: calls.append(arguments))
+    return calls
+
+
+@pytest.mark.parametrize("engine", ["4", "c"])
+@pytest.mark.parametrize("name", ["ff-max", "ff-min"])
+def test_forward_forward_against_autograd_in_float64(name, engine, captured, monkeypatch):
+    network = network_of(name, 2, engine, peer=0.5, label_scale=2.0, threshold=0.7)
+    images, labels = images_and_labels()
+    wrong, given, n = (labels + 3) % 10, [], len(labels)
+    monkeypatch.setattr(ff, "sample_negatives", lambda *arguments: given.append(arguments) or wrong)
+    layers, head = in_float64(network)
+    means = [layer.mean_activity.double().clone() for layer in network.layers]
+    chance = torch.rand(n)
+    losses, wrongly, misses = study.ff_step(network, images, labels, chance, 0.5)
+    ((used, gradients, of_head, count, rate),) = captured
+    assert used is network and count == n and rate == 0.5
+
+    x = images.double()
+    _, neutral = run_up(x, layers, codes_of(torch.full((n,), 10), 2.0))
+    logits = torch.cat(neutral, dim=1) @ head
+    (true_head,) = torch.autograd.grad(-F.cross_entropy(logits, labels, reduction="sum"), head)
+    # The largest error measured is 4e-5, of gradients up to 700.
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-3, check_dtype=False)
+    close(of_head, true_head)
+    assert misses == int((logits.argmax(dim=1) != labels).sum())
+    torch.testing.assert_close(given[0][2].double(), logits.detach(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(given[0][0], labels) and given[0][1] is chance
+
+    positive, negative = (run_up(x, layers, codes_of(own, 2.0))[0] for own in (labels, wrong))
+    for k, own in enumerate(layers):
+        h = torch.cat([positive[k], negative[k]])
+        likelihood = study.plain_likelihood(h, network.config)
+        assert losses[k] == pytest.approx(-float(likelihood.detach()), rel=1e-4)
+        pull = 0.5 * (means[k].mean() - means[k])
+        # Peer normalisation acts on the products of positives, which are those of the mean of their inputs.
+        codes = codes_of(labels, 2.0)
+        before = x if k == 0 else run_up(x, layers[:k], codes)[1][-1]
+        z = study.plain_products(before, own[0]) + codes @ own[1] + own[2]
+        true = torch.autograd.grad(likelihood + (z * pull).sum(), own)
+        weights, of_labels, biases = gradients[k]
+        close(study.to_fields(sum(weights)), true[0])
+        close(of_labels, true[1])
+        close(biases, true[2])
+        assert min(float(tensor.abs().max()) for tensor in true) > 1  # there is something to compare
+        sums = h.detach().square().sum(dim=1)
+        right = sums[:n] > sums[n:] if name == "ff-max" else sums[:n] < sums[n:]
+        assert wrongly[k] == int((~right).sum())
+        close(network.layers[k].mean_activity, 0.9 * means[k] + 0.1 * positive[k].detach().mean(dim=0))
+
+
+@pytest.mark.parametrize("engine", ["4", "c"])
+def test_backpropagation_against_autograd_in_float64(engine):
+    network = network_of("bp", 3, engine)
+    images, labels = images_and_labels()
+    gradients, of_head, logits, misses = study.bp_gradients(network, images, labels)
+    layers, head = in_float64(network)
+    x = images.double()
+    for weights, _, biases in layers:
+        x = study.plain_activities(x, weights, biases)
+    true_logits = x @ head
+    torch.testing.assert_close(logits.double(), true_logits.detach(), rtol=1e-4, atol=1e-4)
+    parameters = [tensor for weights, _, biases in layers for tensor in (weights, biases)]
+    objective = -F.cross_entropy(true_logits, labels, reduction="sum")
+    *true, true_head = torch.autograd.grad(objective, [*parameters, head])
+    # The largest error measured is 3e-6, of gradients up to 5.
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5, check_dtype=False)
+    close(of_head, true_head)
+    assert misses == int((true_logits.argmax(dim=1) != labels).sum())
+    for k, (weights, of_labels, biases) in enumerate(gradients):
+        assert of_labels is None and true[2 * k].abs().max() > 1e-2
+        close(study.to_fields(sum(weights)), true[2 * k])
+        close(biases, true[2 * k + 1])
+
+
+@pytest.mark.parametrize("name", ["bp", "ff-max"])
+def test_a_step_follows_the_smoothed_gradient_and_decays(name):
+    network = network_of(name, 1, lr=0.2, head_lr=0.3, momentum=0.75, weight_decay=0.1)
+    layer, rate, n = network.layers[0], 0.5, 4
+    generator = torch.Generator().manual_seed(5)
+    fields = torch.randn(1024, 363, 3, generator=generator)
+    of_labels = torch.randn(10, 3072, generator=generator) if name == "ff-max" else None
+    biases, head = torch.randn(3072, generator=generator), torch.randn(3072, 10, generator=generator)
+    gradients = [([study.to_tiles(fields), study.to_tiles(fields) * 2], of_labels, biases)]
+    before = study.to_fields(layer.weights), layer.label_weights.clone(), layer.biases.clone()
+    head_before = network.head.clone()
+    study.step(network, gradients, head, n, rate)
+    smoothed = 0.25 / n
+    expected = before[0] * (1 - 0.1 * 0.1) + 0.1 * smoothed * 3 * fields
+    torch.testing.assert_close(study.to_fields(layer.weights), expected)
+    assert torch.equal(layer.weights_lowp, layer.weights)
+    assert int((layer.weights != 0).sum()) <= 3072 * 363  # what a unit does not see stays 0
+    if of_labels is not None:
+        expected = before[1] * (1 - 0.1 * 0.1) + 0.1 * smoothed * of_labels
+        torch.testing.assert_close(layer.label_weights, expected)
+    torch.testing.assert_close(layer.biases, before[2] + 0.1 * smoothed * biases)
+    expected = head_before * (1 - 0.15 * 0.1) + 0.15 * smoothed * head
+    torch.testing.assert_close(network.head, expected)
+
+
+@pytest.mark.parametrize("name", ["ff-max", "ff-min"])
+def test_answers_are_the_goodness_of_every_label(name):
+    network = network_of(name, 3, label_scale=2.0)
+    images, _ = images_and_labels(3)
+    found, (layers, head) = study.ff_answers(network, images), in_float64(network)
+    sign, goodness = (1 if name == "ff-max" else -1), torch.zeros(3, 3, 10, dtype=torch.float64)
+    for label in range(10):
+        activities, _ = run_up(images.double(), layers, codes_of(torch.full((3,), label), 2.0))
+        for k, h in enumerate(activities):
+            goodness[k, :, label] = sign * h.detach().square().sum(dim=1)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-3, check_dtype=False)
+    close(found["all"], goodness.sum(dim=0))
+    close(found["skip-first"], goodness[1:].sum(dim=0))
+    _, neutral = run_up(images.double(), layers, codes_of(torch.full((3,), 10), 2.0))
+    close(found["softmax"], (torch.cat(neutral, dim=1) @ head).detach())
+
+
+@pytest.mark.quick
+def test_networks_are_those_of_the_paper():
+    network = network_of("ff-min", 3)
+    for layer in network.layers:
+        assert int((layer.weights != 0).sum()) == 3072 * 363
+        assert float(study.to_fields(layer.weights).square().mean()) * 363 == pytest.approx(1, rel=0.01)
+    assert network.head.shape == (3 * 3072, 10) and len(network.layers) == 3
+    assert network_of("bp").head.shape == (3072, 10)
+    assert len({float(layer.weights.sum()) for layer in network.layers}) == 3
+
+
+# Data and runs
+
+
+@functools.cache
+def pictures():
+    """Noise with a patch, whose place and colour tell the label: as cifar10.load returns them."""
+    generator = np.random.default_rng(0)
+    found = {}
+    for split, n in (("train", 200), ("test", 60)):
+        images, labels = generator.integers(60, 160, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % 10
+        for image, label in zip(images, labels):
+            row, column = 8 + 8 * (label // 5), 4 + 5 * (label % 5)
+            image[row : row + 6, column : column + 6, label % 3] = 250
+        found[split] = images, labels
+    return found
+
+
+@pytest.fixture
+def on_pictures(monkeypatch):
+    monkeypatch.setattr(utils, "environment", environment)
+    monkeypatch.setattr(cifar10, "load", lambda data_root=None: pictures())
+    monkeypatch.setattr(study, "SMOKE", {"passes": 2, "smoke_images": 60, "curve_images": 20})
+
+
+@pytest.mark.quick
+def test_colours_and_images_are_normalised(on_pictures, monkeypatch):
+    splits, sha256 = study.load(torch.float32)
+    raw = pictures()["train"][0].astype(np.float64)
+    standard = (raw - raw.mean(axis=(0, 1, 2))) / raw.std(axis=(0, 1, 2))
+    for split, own in pictures().items():
+        own = torch.from_numpy((own[0] - raw.mean(axis=(0, 1, 2))) / raw.std(axis=(0, 1, 2))).flatten(1)
+        own = own / own.square().mean(dim=1, keepdim=True).sqrt()
+        torch.testing.assert_close(splits[split][0].double(), own, rtol=1e-4, atol=1e-4)
+        assert torch.equal(splits[split][1], torch.from_numpy(pictures()[split][1]))
+    assert abs(standard.mean()) < 1e-9
+    few, same = study.load(torch.bfloat16, at_most=7)
+    assert same == sha256 and few["test"][0].shape == (7, 3072) and few["test"][0].dtype == torch.bfloat16
+    torch.testing.assert_close(few["train"][0].float(), splits["train"][0][:7], rtol=0.01, atol=0.01)
+    changed = {split: (images.copy(), labels) for split, (images, labels) in pictures().items()}
+    changed["test"][0][5, 14, 14, 1] += 1
+    monkeypatch.setattr(cifar10, "load", lambda data_root=None: changed)
+    assert study.load(torch.float32)[1] != sha256
+
+
+@pytest.mark.quick
+def test_choices_are_made_by_the_last_training_images():
+    x, y = torch.arange(20)[:, None], torch.arange(20)
+    splits = {"train": (x, y), "test": (x + 100, y)}
+    assert study.split_for({"validation": 0}, splits) is splits
+    own = study.split_for({"validation": 5}, splits)
+    assert own.keys() == {"train", "validation"}
+    assert own["train"][1].tolist() == list(range(15)) and own["validation"][0][:, 0].tolist() == [
+        *range(15, 20)
+    ]
+    assert all(config["validation"] == 5000 for config in study.CHOICES.values())
+    assert all(config["validation"] == 0 for config in study.CONFIGS.values())
+
+
+@pytest.mark.parametrize("name", list(study.METHODS))
+def test_it_learns(name, on_pictures):
+    splits, _ = study.load(torch.float32)
+    config = {**study.METHODS[name], **SMALL, "passes": 3}
+    engine, kind = ff.pick_engine("auto", "cpu", "fp32")
+    fields = compiled(torch.float32) if kind == "c" else study.TorchFields()
+    records = study.train(config, 0, splits, engine, fields, lambda n: None)
+    kinds = [(record["pass"], record["split"]) for record in records]
+    assert kinds == [
+        *((k, own) for k in (1, 2, 3) for own in ("running", "curve")),
+        (3, "train"),
+        (3, "test"),
+    ]
+    assert [records[-2]["n"], records[-1]["n"], records[1]["n"]] == [200, 60, 30]
+    assert records[-1]["presentations"] == 600
+    assert set(records[-1]["errors"]) == ({"softmax"} if name == "bp" else {"all", "skip-first", "softmax"})
+    first = next(iter(records[-1]["errors"]))
+    assert records[-1]["error"] == records[-1]["errors"][first]
+    assert records[-1]["error"] < 40  # chance is 90
+
+
+def test_smoke_gives_the_same_bytes_with_any_number_of_threads(on_pictures, tmp_path, capsys):
+    flags = ["--smoke", "--quiet", "--precision", "fp32", "--seeds", "2"]
+    flags += ["--configs", "ff-min-2", "choose-bp-lr0.1"]
+    texts = []
+    for threads in ("1", "2"):
+        out = tmp_path / threads
+        assert study.main([*flags, "--threads", threads, "--out", str(out)]) == 0
+        run = read_run(out / "ff-min-2-fp32.jsonl")
+        assert run.script == "ff_cifar" and sorted(run.records) == [1337, 1338]
+        texts.append([path.read_bytes() for path in sorted(out.glob("*.jsonl"))])
+        assert (out / "curves.png").stat().st_size > 10_000
+    assert len(texts[0]) == 2 and texts[0] == texts[1]
+    choice = read_run(tmp_path / "1" / "choose-bp-lr0.1-fp32.jsonl")
+    assert choice.records[1337][-1]["split"] == "validation" and choice.config["validation"] == 30
+    assert not choice.final("test") and not choice.final("train")
+    assert "| FF, minimising squares | every label, all layers | 2 | 2 | 2 |" in capsys.readouterr().out
+
+
+def test_what_is_asked_wrongly_or_fails_is_one_sentence(on_pictures, tmp_path, capsys, monkeypatch):
+    flags = ["--smoke", "--quiet", "--precision", "fp32", "--out", str(tmp_path), "--configs"]
+    assert study.main([*flags, "bp-7"]) == 2
+    one_sentence(capsys.readouterr().err, "--configs bp-7", "ff-max-2")
+    monkeypatch.setitem(study.CONFIGS, "ff-max-2", {**study.CONFIGS["ff-max-2"], "lr": 1e30})
+    assert study.main([*flags, "ff-max-2"]) == 1
+    one_sentence(capsys.readouterr().err, "seed 1337", "diverged", "lr")
+
+
+# Speed, and the page
+
+
+def test_every_way_to_multiply_gives_the_same(monkeypatch, capsys):
+    x, d, weights = examples(5, torch.float32)
+    found = ff_cifar_speed.contenders(torch.float32, x, d, weights)
+    true = study.plain_products(x, weights)
+    assert len(found) >= 5
+    by_weights = study.to_fields(study.TorchFields().outer(study.TorchFields().see(x), d))
+    for name, (forward, gradient) in found.items():
+        product, own = forward(), gradient()
+        if name == "one dense matrix":  # of zeros
+            assert product.shape == true.shape and own.shape == (3072, 3072)
+            continue
+        torch.testing.assert_close(product, true, rtol=1e-4, atol=1e-3)
+        own = own if own.shape == by_weights.shape else study.to_fields(own)
+        torch.testing.assert_close(own, by_weights, rtol=1e-4, atol=1e-3)
+    monkeypatch.setattr(ff_cifar_speed, "EXAMPLES", 2)
+    monkeypatch.setattr(utils, "environment", environment)
+    assert ff_cifar_speed.main(["--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "| fp32 | a matrix a place |" in printed and "| backpropagation | 3 |" in printed
+
+
+@pytest.mark.quick
+def test_when_backpropagation_has_the_same_error():
+    def run_of(method, errors):
+        config = {**study.METHODS[method], "passes": len(errors)}
+        own = read_run.__globals__["Run"]("x.jsonl", "ff_cifar", config, "")
+        own.records[0] = [{"split": "curve", "error": error} for error in errors]
+        return own
+
+    found = {"bp-2": run_of("bp", [60, 40, 20]), "ff-max-2": run_of("ff-max", [70, 50, 40])}
+    speed = {"steps": {"bp-2": [0.02, 0], "ff-max-2": [0.04, 0]}}
+    row = ff_cifar_page.reached_table(found, speed).splitlines()[2]
+    assert row == "| FF, maximising squares | 2 | 40.00% | 3 | 2 | 30 | 10 |"
+    found["ff-max-2"].records[0][-1]["error"] = 10
+    assert "| never |" in ff_cifar_page.reached_table(found, speed)
+
+
+@pytest.mark.quick
+def test_published_numbers_are_beside_their_read_out():
+    reference = utils.reference("ff")
+    assert set(ff_cifar_page.PUBLISHED.values()) <= set(reference)
+    assert {name for name, _ in ff_cifar_page.PUBLISHED} <= set(study.CONFIGS)
+    expected = {"cifar-backpropagation": 37, "cifar-ff": 41, "cifar-ff-softmax": 45, "cifar-ff-3": 41}
+    assert {row: reference[row]["test_error"] for row in expected} == expected
+
+
+@pytest.mark.quick
+def test_committed_runs_are_those_of_the_configs_and_the_best_was_chosen():
+    paths = [path for path in study.PAGE.parent.glob("*.jsonl")]
+    if not paths:
+        pytest.skip("no run is committed yet")
+    best = {}
+    for path in paths:
+        run = read_run(path)
+        assert run.config == json.loads(json.dumps({**study.CONFIGS, **study.CHOICES}[path.stem]))
+        if run.config["validation"]:
+            method = path.stem.removeprefix("choose-").split("-lr")[0]
+            (record,) = run.final("validation")
+            best.setdefault(method, []).append((record["misses"], run.config))
+    for method, own in best.items():
+        chosen = min(own, key=lambda pair: pair[0])[1]
+        assert {key: chosen.get(key) for key in ("lr", "label_scale")} == {
+            key: study.METHODS[method].get(key) for key in ("lr", "label_scale")
+        }
