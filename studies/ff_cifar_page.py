@@ -122,20 +122,26 @@ def read_speed(folder):
 
 
 def tables(folder):
-    """The page's tables, name -> Markdown, of what is on disk."""
+    """The page's tables, name -> Markdown, of what is on disk; none that would have no row."""
     found, speed = read_runs(folder), read_speed(folder)
     made = {
         "errors": errors_table(found),
         "choice": choice_table(found),
         "reached": reached_table(found, speed),
     }
-    return made | ({"products": products_table(speed), "steps": steps_table(speed)} if speed else {})
+    made |= {"products": products_table(speed), "steps": steps_table(speed)} if speed else {}
+    return {name: text for name, text in made.items() if text.count("\n") > 1}
 
 
 def plot(folder):
-    """The training error after every pass, by passes and by seconds, a row for each number of layers."""
+    """The training error after every pass, by passes and by seconds, a row for each number of layers.
+
+    None where no network has been trained with all training images.
+    """
     found, speed = finals(read_runs(folder)), read_speed(folder)
     depths = sorted({run.config["layers"] for run in found.values()})
+    if not depths:
+        return None
     figure, axes = figures.subplots(
         len(depths), 2, figsize=(10, 3.4 * len(depths)), squeeze=False, sharey=True
     )

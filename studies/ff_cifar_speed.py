@@ -1,6 +1,6 @@
 """How fast are products with local receptive fields, and the steps of studies/ff_cifar.py?
 
-    python -m studies.ff_cifar_speed             # a minute of one core; prints the tables
+    python -m studies.ff_cifar_speed             # half a minute of one core; prints the tables
     python -m studies.ff_cifar_speed --record    # keeps the measurement in results/ff_cifar/speed.json, too
 
 All contenders take turns in one process, and times are medians of the turns, in seconds that the thread has
@@ -15,7 +15,6 @@ import sys
 import time
 
 import torch
-import torch.nn.functional as F
 
 import forward_forward as ff
 import utils
@@ -30,28 +29,15 @@ EXAMPLES = 200  # a batch of studies/ff_cifar.py
 def contenders(dtype, x, d, fields):
     """name -> functions (forward, gradient by weights), for x, d (n, 3072) and weights (1024, 363, 3)."""
 
-    def places(x):
-        maps = x.view(-1, ff_cifar.SIDE, ff_cifar.SIDE, ff_cifar.MAPS).permute(0, 3, 1, 2)
-        return F.unfold(maps, ff_cifar.FIELD, padding=ff_cifar.FIELD // 2).permute(2, 0, 1).contiguous()
-
-    dense, by_place = torch.zeros(ff_cifar.UNITS, ff_cifar.UNITS, dtype=dtype), places(x)
-    found = {
-        "one dense matrix": (lambda: x @ dense, lambda: x.T @ d),
-        "a matrix a place": (
-            lambda: torch.bmm(places(x), fields).transpose(0, 1).flatten(1),
-            lambda: torch.bmm(
-                by_place.transpose(1, 2), d.view(len(d), ff_cifar.PLACES, ff_cifar.MAPS).transpose(0, 1)
-            ),
-        ),
-    }
-
     def own(engine, weights):
         seen = engine.see(x)
         return lambda: engine.products(engine.see(x), weights), lambda: engine.outer(seen, d)
 
-    for tile in (4, 8, 16):
-        weights = ff_cifar.to_tiles(fields, tile)
-        found[f"tiles of {tile}x{tile}, PyTorch"] = own(ff_cifar.TorchFields(tile=tile), weights)
+    dense = torch.zeros(ff_cifar.UNITS, ff_cifar.UNITS, dtype=dtype)
+    found = {"one dense matrix": (lambda: x @ dense, lambda: x.T @ d)}
+    for tile in (1, 4, 8, 16):
+        name = f"tiles of {tile}x{tile}, PyTorch" if tile > 1 else "a matrix a place"
+        found[name] = own(ff_cifar.TorchFields(tile=tile), ff_cifar.to_tiles(fields, tile))
     try:
         found["tiles of 4x4, C"] = own(FieldKernels(dtype), ff_cifar.to_tiles(fields))
     except build.Unavailable as error:

@@ -12,7 +12,8 @@ import utils
 from datasets import cifar10
 from kernels import build
 from kernels.local_fields import FieldKernels
-from records.run import read_run
+from records.run import Run, read_run
+from records.tables import fill
 from studies import ff_cifar as study
 from studies import ff_cifar_page, ff_cifar_speed
 
@@ -183,7 +184,7 @@ def captured(monkeypatch):
 @pytest.mark.parametrize("engine", ["4", "c"])
 @pytest.mark.parametrize("name", ["ff-max", "ff-min"])
 def test_forward_forward_against_autograd_in_float64(name, engine, captured, monkeypatch):
-    network = network_of(name, 2, engine, peer=0.5, label_scale=2.0, threshold=0.7)
+    network = network_of(name, 2, engine, peer=0.5, label_scale=2.0, threshold=0.479)
     images, labels = images_and_labels()
     wrong, given, n = (labels + 3) % 10, [], len(labels)
     monkeypatch.setattr(ff, "sample_negatives", lambda *arguments: given.append(arguments) or wrong)
@@ -209,6 +210,9 @@ def test_forward_forward_against_autograd_in_float64(name, engine, captured, mon
     for k, own in enumerate(layers):
         h = torch.cat([positive[k], negative[k]])
         likelihood = study.plain_likelihood(h, network.config)
+        # The threshold is such that some positives and some negatives are on the wrong side of it, and teach.
+        (by_h,) = torch.autograd.grad(likelihood, h, retain_graph=True)
+        assert all((rows.abs().amax(dim=1) > 0.1).any() for rows in by_h.split(n))
         assert losses[k] == pytest.approx(-float(likelihood.detach()), rel=1e-4)
         pull = 0.5 * (means[k].mean() - means[k])
         # Peer normalisation acts on the products of positives, which are those of the mean of their inputs.
@@ -399,6 +403,11 @@ def test_smoke_gives_the_same_bytes_with_any_number_of_threads(on_pictures, tmp_
     assert choice.records[1337][-1]["split"] == "validation" and choice.config["validation"] == 30
     assert not choice.final("test") and not choice.final("train")
     assert "| FF, minimising squares | every label, all layers | 2 | 2 | 2 |" in capsys.readouterr().out
+    (tmp_path / "2" / "ff-min-2-fp32.jsonl").unlink()
+    flags[-2:] = ["choose-bp-lr0.1"]  # what is there is not trained again, and there is nothing to draw
+    assert study.main([*flags, "--out", str(tmp_path / "2")]) == 0
+    assert texts[1][0] == (tmp_path / "2" / "choose-bp-lr0.1-fp32.jsonl").read_bytes()
+    assert "read out by" not in capsys.readouterr().out
 
 
 def test_what_is_asked_wrongly_or_fails_is_one_sentence(on_pictures, tmp_path, capsys, monkeypatch):
@@ -438,7 +447,7 @@ def test_every_way_to_multiply_gives_the_same(monkeypatch, capsys):
 def test_when_backpropagation_has_the_same_error():
     def run_of(method, errors):
         config = {**study.METHODS[method], "passes": len(errors)}
-        own = read_run.__globals__["Run"]("x.jsonl", "ff_cifar", config, "")
+        own = Run("x.jsonl", "ff_cifar", config, "")
         own.records[0] = [{"split": "curve", "error": error} for error in errors]
         return own
 
@@ -461,19 +470,23 @@ def test_published_numbers_are_beside_their_read_out():
 
 @pytest.mark.quick
 def test_committed_runs_are_those_of_the_configs_and_the_best_was_chosen():
-    paths = [path for path in study.PAGE.parent.glob("*.jsonl")]
-    if not paths:
-        pytest.skip("no run is committed yet")
     best = {}
-    for path in paths:
+    for path in study.PAGE.parent.glob("*.jsonl"):
         run = read_run(path)
         assert run.config == json.loads(json.dumps({**study.CONFIGS, **study.CHOICES}[path.stem]))
         if run.config["validation"]:
             method = path.stem.removeprefix("choose-").split("-lr")[0]
             (record,) = run.final("validation")
             best.setdefault(method, []).append((record["misses"], run.config))
+    assert best
     for method, own in best.items():
         chosen = min(own, key=lambda pair: pair[0])[1]
         assert {key: chosen.get(key) for key in ("lr", "label_scale")} == {
             key: study.METHODS[method].get(key) for key in ("lr", "label_scale")
         }
+
+
+@pytest.mark.quick
+def test_no_table_of_the_page_is_stale():
+    page = study.PAGE.read_text(encoding="utf-8")
+    assert fill(page, study.tables()) == page
