@@ -199,8 +199,9 @@ def test_forward_forward_against_autograd_in_float64(name, engine, captured, mon
     _, neutral = run_up(x, layers, codes_of(torch.full((n,), 10), 2.0))
     logits = torch.cat(neutral, dim=1) @ head
     (true_head,) = torch.autograd.grad(-F.cross_entropy(logits, labels, reduction="sum"), head)
-    # The largest error measured is 4e-5, of gradients up to 700.
-    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-3, check_dtype=False)
+    # The largest error measured is 1.2e-3, of gradients up to 60: near the threshold, the rounding of a sum of
+    # 3,072 squares changes a probability by 1e-4.
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=4e-3, check_dtype=False)
     close(of_head, true_head)
     assert misses == int((logits.argmax(dim=1) != labels).sum())
     torch.testing.assert_close(given[0][2].double(), logits.detach(), rtol=1e-4, atol=1e-4)
