@@ -48,19 +48,23 @@ def errors_table(found):
 
 
 def choice_table(found):
-    """The validation error of everything that was tried, the best of each kind of learning in bold."""
+    """The validation errors of everything that was tried, the best of each kind of learning in bold."""
     tried, rows = {}, []
     for name, run in found.items():
         if run.config["validation"]:
-            error = statistics.fmean(record["error"] for record in run.final("validation"))
-            tried.setdefault(name.removeprefix("choose-").split("-lr")[0], []).append((run.config, error))
+            ways = [record["errors"] for record in run.final("validation")]
+            means = {way: statistics.fmean(errors[way] for errors in ways) for way in ways[0]}
+            tried.setdefault(name.removeprefix("choose-").split("-lr")[0], []).append((run.config, means))
     for method, own in tried.items():
-        best = min(error for _, error in own)
-        for config, error in sorted(own, key=lambda pair: (pair[0]["lr"], pair[0].get("label_scale", 0))):
-            mark = "**" if error == best else ""
+        way = next(iter(own[0][1]))  # the one to choose by
+        best = min(means[way] for _, means in own)
+        for config, means in sorted(own, key=lambda pair: (pair[0]["lr"], pair[0].get("label_scale", 0))):
+            cells = {other: f"{mean:.2f}%" for other, mean in means.items()}
+            if means[way] == best:
+                cells[way] = f"**{cells[way]}**"
             label = f"{config['label_scale']:g}" if "label_scale" in config else ""
-            rows.append([NAMES[method], f"{config['lr']:g}", label, f"{mark}{error:.2f}%{mark}"])
-    return markdown_table(["learning", "learning rate", "label's value", "validation error"], rows)
+            rows.append([NAMES[method], f"{config['lr']:g}", label, *(cells.get(way, "") for way in WAYS)])
+    return markdown_table(["learning", "learning rate", "label's value", *WAYS.values()], rows)
 
 
 def curve(run):

@@ -199,8 +199,8 @@ def test_forward_forward_against_autograd_in_float64(name, engine, captured, mon
     _, neutral = run_up(x, layers, codes_of(torch.full((n,), 10), 2.0))
     logits = torch.cat(neutral, dim=1) @ head
     (true_head,) = torch.autograd.grad(-F.cross_entropy(logits, labels, reduction="sum"), head)
-    # The largest error measured is 1.2e-3, of gradients up to 60: near the threshold, the rounding of a sum of
-    # 3,072 squares changes a probability by 1e-4.
+    # The largest error measured is 1.2e-3, of gradients up to 60: near the threshold, the rounding of a sum
+    # of 3,072 squares changes a probability by 1e-4.
     close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=4e-3, check_dtype=False)
     close(of_head, true_head)
     assert misses == int((logits.argmax(dim=1) != labels).sum())
@@ -435,8 +435,7 @@ def test_every_way_to_multiply_gives_the_same(monkeypatch, capsys):
             assert product.shape == true.shape and own.shape == (3072, 3072)
             continue
         torch.testing.assert_close(product, true, rtol=1e-4, atol=1e-3)
-        own = own if own.shape == by_weights.shape else study.to_fields(own)
-        torch.testing.assert_close(own, by_weights, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(study.to_fields(own), by_weights, rtol=1e-4, atol=1e-3)
     monkeypatch.setattr(ff_cifar_speed, "EXAMPLES", 2)
     monkeypatch.setattr(utils, "environment", environment)
     assert ff_cifar_speed.main(["--rounds", "1"]) == 0
