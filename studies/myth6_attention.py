@@ -21,7 +21,7 @@ differences have 95% intervals over five seeds.
    when positions are shuffled in one fixed order.
 
 Attention gets two extra chances at 4,000 examples: updates four times as many, and a hundred times the weight
-decay. Dynamic convolution gets the first of them, too. Most networks are not trained yet.
+decay. Dynamic convolution gets the first of them, too.
 """
 
 import argparse

@@ -134,8 +134,8 @@ def plot_accuracies(found, kinds, sizes, all_kinds):
         )
     right.set_yticks(range(len(all_kinds)), all_kinds)
     right.invert_yaxis()
-    right.set(xlabel="accuracy (%); dashed: published CNN, ordered and shuffled")
-    right.set_title("4,000 examples, a point a seed; crosses: shuffled positions", fontsize="medium")
+    right.set(xlabel="accuracy (%); dashed: the published CNN in both orders")
+    right.set_title("4,000 examples; crosses: shuffled positions", fontsize="medium")
     for axis in (left, right):
         axis.grid(True)
     return figure

@@ -18,7 +18,8 @@ MYTHS = {
     "myth3_fresh_test_sets": ("Test sets that everybody uses are worn out", "falls"),
     "myth4_forgetting": ("Every training example is needed", "it depends on the task"),
     "myth5_fixup": ("Very deep networks need normalisation", "falls, with a rate for each depth"),
-    "myth6_micro_vit": ("Attention beats convolution", "falls for networks of 9,760 parameters"),
+    "myth6_attention": ("Attention beats convolution", "falls, and locality is why"),
+    "myth6_micro_vit": ("the same, on the digits of 1989", "falls, by a little"),
     "myth7_saliency": ("Saliency maps show what a network looks at", "it depends on the map"),
 }
 
