@@ -54,6 +54,7 @@
 #define UNROLL _Pragma("unroll")
 #define ALIGNED(bytes) __align__(bytes)
 #define EACH(t, n) for (int t = threadIdx.x; t < (n); t += THREADS)
+#define EACH_FROM_LAST(t, n) for (int t = THREADS - 1 - threadIdx.x; t < (n); t += THREADS)
 #define BARRIER __syncthreads()
 #else
 #include <math.h>
@@ -62,6 +63,7 @@
 #define ALIGNED(bytes) __attribute__((aligned(bytes), may_alias))
 #ifndef EACH  // tests have others: backwards, and of real threads
 #define EACH(t, n) for (int t = 0; t < (n); t++)
+#define EACH_FROM_LAST EACH
 #define BARRIER
 #endif
 #endif
@@ -137,6 +139,17 @@ struct job {
     float kept;                             // 1 / (1 - dropout)
     int dropped, shift_pixels;              // 65536 * dropout; how far, at most
 };
+
+// What a block knows of its replica.
+struct replica {
+    const struct job *job;
+    struct extra *extra;
+    word seed;
+    long long presentation;  // which it is in training; NOT_TRAINING where nothing is random
+    float step, unbias;      // ADAMW: the row of job.steps
+};
+
+#define NOT_TRAINING -1
 
 // Copy `count` floats to registers or from them, `wide` at a time.
 INLINE void read(float *to, const float *from, int count, int wide) {
@@ -219,22 +232,19 @@ INLINE word mix(word z) {
     return z ^ (z >> 31);
 }
 
-INLINE word random_word(word seed, long long presentation, int number) {
-    return mix(mix(seed) + (64 * (word)presentation + number + 1) * 0x9E3779B97F4A7C15u);
+INLINE word random_word(const struct replica *r, int number) {
+    return mix(mix(r->seed) + (64 * (word)r->presentation + number + 1) * 0x9E3779B97F4A7C15u);
 }
 
-// Forward. `presentation` counts those of training; it is NOT_TRAINING where nothing is random.
+// Forward
 
-#define NOT_TRAINING -1
-
-INLINE void forward_image(struct memory *s, const struct job *job, long long digit, word seed, long long presentation) {
-    const float *image = job->images + 400 * digit;
+INLINE void forward_image(struct memory *s, const struct replica *r, long long digit) {
+    const float *image = r->job->images + 400 * digit, *target = r->job->targets + 10 * digit;
     int down = 0, right = 0;
-    if (SHIFT != NONE && presentation != NOT_TRAINING) {
-        const int moves = 2 * job->shift_pixels + 1;
-        const int move = (random_word(seed, presentation, 0) >> 32) * moves * moves >> 32;
-        down = move / moves - job->shift_pixels;
-        right = move % moves - job->shift_pixels;
+    if (SHIFT != NONE && r->presentation != NOT_TRAINING) {
+        const int most = r->job->shift_pixels, moves = 2 * most + 1;
+        const int move = (random_word(r, 0) >> 32) * moves * moves >> 32;
+        down = move / moves - most, right = move % moves - most;
     }
     EACH(pixel, 20 * 20) {
         const int y = pixel / 20, x = pixel % 20;
@@ -245,7 +255,7 @@ INLINE void forward_image(struct memory *s, const struct job *job, long long dig
         }
         s->image[y % 2][y / 2][x] = value;
     }
-    EACH(j, 10) s->target[j] = job->targets[10 * digit + j];
+    EACH(j, 10) s->target[j] = target[j];
     BARRIER;
 }
 
@@ -275,7 +285,7 @@ INLINE void forward_H1(struct memory *s) {
 INLINE int read_by(int group, int i) { return (4 * group + i) % 12; }
 
 // A task is a row of the four maps of a group, as far as it comes from one map of H1; then it is a row of a map.
-INLINE void forward_H2(struct memory *s, const struct job *job, word seed, long long presentation) {
+INLINE void forward_H2(struct memory *s, const struct replica *r) {
     EACH(t, 3 * 8 * 4) {
         const int group = t / 32, i = t / 4 % 8, y = t % 4;
         float sum[4][4] = {{0}}, field[12];
@@ -300,11 +310,11 @@ INLINE void forward_H2(struct memory *s, const struct job *job, word seed, long 
             read(part, &s->u.part2[i][4 * row], 4, 4);
             UNROLL for (int x = 0; x < 4; x++) sum[x] += part[x];
         }
-        if (DROPOUT && presentation != NOT_TRAINING) random = random_word(seed, presentation, 1 + row);
+        const int drop = DROPOUT && r->presentation != NOT_TRAINING;
+        if (drop) random = random_word(r, 1 + row);
         UNROLL for (int x = 0; x < 4; x++) {
-            float scale = 1;
-            if (DROPOUT && presentation != NOT_TRAINING)
-                scale = (int)(random >> 16 * x & 65535) < job->dropped ? 0 : job->kept;
+            const int bits = random >> 16 * x & 65535;
+            const float scale = !drop ? 1 : bits < r->job->dropped ? 0 : r->job->kept;
             sum[x] = activate(sum[x]);
             passed[x] = slope(sum[x]) * scale;
             sum[x] *= scale;
@@ -345,10 +355,10 @@ INLINE void forward_outputs(struct memory *s) {
 }
 
 // The outputs (CROSS_ENTROPY: logits) for a digit.
-INLINE void forward(struct memory *s, const struct job *job, long long digit, word seed, long long presentation) {
-    forward_image(s, job, digit, seed, presentation);
+INLINE void forward(struct memory *s, const struct replica *r, long long digit) {
+    forward_image(s, r, digit);
     forward_H1(s);
-    forward_H2(s, job, seed, presentation);
+    forward_H2(s, r);
     forward_H3(s);
     forward_outputs(s);
 }
@@ -360,15 +370,9 @@ INLINE void forward(struct memory *s, const struct job *job, long long digit, wo
 
 INLINE float power(float x) { return OPTIMIZER == CURVATURE ? x * x : x; }
 
-struct step {
-    const struct job *job;
-    struct extra *extra;
-    float size, unbias;  // ADAMW: a row of job.steps
-};
-
 // The step of `count` parameters, 1, 2 or 4. AdamW is Loshchilov and Hutter's, as in PyTorch.
-INLINE void learn(const struct step *step, float *weights, float *extra, const float *gradient, int count) {
-    const struct job *job = step->job;
+INLINE void learn(const struct replica *r, float *weights, float *extra, const float *gradient, int count) {
+    const struct job *job = r->job;
     float w[4], e[4], f[4], *extra2 = extra + FLOATS(extra);
     read(w, weights, count, count);
     if (EXTRAS > 0) read(e, extra, count, count);
@@ -381,7 +385,7 @@ INLINE void learn(const struct step *step, float *weights, float *extra, const f
 #elif OPTIMIZER == ADAMW
         e[i] = fmaf(job->rest1, gradient[i] - e[i], e[i]);
         f[i] = fmaf(job->rest2, fmaf(gradient[i], gradient[i], -f[i]), f[i]);
-        w[i] = fmaf(job->shrink, w[i], -step->size * e[i] / fmaf(sqrtf(f[i]), step->unbias, job->epsilon));
+        w[i] = fmaf(job->shrink, w[i], -r->step * e[i] / fmaf(sqrtf(f[i]), r->unbias, job->epsilon));
 #elif OPTIMIZER == CURVATURE
         e[i] += gradient[i];
 #endif
@@ -392,7 +396,7 @@ INLINE void learn(const struct step *step, float *weights, float *extra, const f
 }
 
 // A task is an output.
-INLINE void backward_loss(struct memory *s, const struct step *step) {
+INLINE void backward_loss(struct memory *s, const struct replica *r) {
     EACH(j, 10) {
 #if LOSS == MSE
         const float slope2 = power(squash_slope(s->out[j]));
@@ -404,13 +408,13 @@ INLINE void backward_loss(struct memory *s, const struct step *step) {
         const float d = exp_of(s->out[j] - highest) / sum - s->target[j];
 #endif
         s->d[j] = d;
-        learn(step, &s->net.outb[j], &step->extra->outb[j], &d, 1);
+        learn(r, &s->net.outb[j], &r->extra->outb[j], &d, 1);
     }
     BARRIER;
 }
 
 // A task is a unit of H3, with the weights that read it.
-INLINE void backward_outputs(struct memory *s, const struct step *step) {
+INLINE void backward_outputs(struct memory *s, const struct replica *r) {
     EACH(k, 30) {
         const float x = power(s->h3[k]);
         float sum = 0, w[2], d[2];
@@ -419,17 +423,17 @@ INLINE void backward_outputs(struct memory *s, const struct step *step) {
             read(d, &s->d[2 * i], 2, 2);
             sum = fmaf(power(w[1]), d[1], fmaf(power(w[0]), d[0], sum));
             const float gradient[2] = {x * d[0], x * d[1]};
-            learn(step, &s->net.outw[k][2 * i], step->extra->outw[i][k].x, gradient, 2);
+            learn(r, &s->net.outw[k][2 * i], r->extra->outw[i][k].x, gradient, 2);
         }
         sum *= power(slope(s->h3[k]));
         s->d3[k] = sum;
-        learn(step, &s->net.H3b[k], &step->extra->H3b[k], &sum, 1);
+        learn(r, &s->net.H3b[k], &r->extra->H3b[k], &sum, 1);
     }
     BARRIER;
 }
 
 // A task is a unit of H2, with the weights that read it.
-INLINE void backward_H3(struct memory *s, const struct step *step) {
+INLINE void backward_H3(struct memory *s, const struct replica *r) {
     EACH(k, 192) {
         const float x = power(s->h2[k]);
         float sum = 0, w[2], d[2];
@@ -438,11 +442,11 @@ INLINE void backward_H3(struct memory *s, const struct step *step) {
             read(d, &s->d3[2 * i], 2, 2);
             sum = fmaf(power(w[1]), d[1], fmaf(power(w[0]), d[0], sum));
             const float gradient[2] = {x * d[0], x * d[1]};
-            learn(step, &s->net.H3w[k][2 * i], step->extra->H3w[i][k].x, gradient, 2);
+            learn(r, &s->net.H3w[k][2 * i], r->extra->H3w[i][k].x, gradient, 2);
         }
         sum *= power(s->d2[k]);
         s->d2[k] = sum;
-        learn(step, &s->net.H2b[k], &step->extra->H2b[k], &sum, 1);
+        learn(r, &s->net.H2b[k], &r->extra->H2b[k], &sum, 1);
     }
     BARRIER;
 }
@@ -480,85 +484,90 @@ INLINE void backward_H2(struct memory *s) {
     BARRIER;
 }
 
-// A task has the weights that a row ky of the kernels has for one map: H2's in the four maps of a group.
-INLINE void learn_H2_and_H1(struct memory *s, const struct step *step) {
-    EACH(t, 128 + 60) {  // H2's are 120
-        if (t < 120) {
-            const int group = t / 40, ky = t / 8 % 5, i = t % 8;
-            float sum[5][4] = {{0}}, field[12], d[4][4];
-            for (int y = 0; y < 4; y++) {
-                read(field, &s->h1[read_by(group, i)][12 * (2 * y + ky)], 12, 4);
-                UNROLL for (int m = 0; m < 4; m++) read(d[m], &s->d2[16 * (4 * group + m) + 4 * y], 4, 4);
-                UNROLL for (int x = 0; x < 4; x++)
-                    UNROLL for (int kx = 0; kx < 5; kx++)
-                        UNROLL for (int m = 0; m < 4; m++)
-                            sum[kx][m] = fmaf(power(field[2 * x + kx]), d[m][x], sum[kx][m]);
-            }
-            UNROLL for (int kx = 0; kx < 5; kx++)
-                learn(step, s->net.H2w[group][i][5 * ky + kx].x, step->extra->H2w[kx][t].x, sum[kx], 4);
-        } else if (t >= 128) {
-            const int map = (t - 128) % 12, ky = (t - 128) / 12;
-            float sum[5] = {0}, field[20], d[8];
-            for (int y = 0; y < 8; y++) {
-                read(field, s->image[ky % 2][y + ky / 2], 20, 4);
-                read(d, &s->u.d1[map][8 * y], 8, 4);
-                UNROLL for (int x = 0; x < 8; x++)
-                    UNROLL for (int kx = 0; kx < 5; kx++) sum[kx] = fmaf(power(field[2 * x + kx]), d[x], sum[kx]);
-            }
-            UNROLL for (int kx = 0; kx < 5; kx++)
-                learn(step, &s->net.H1w[map][5 * ky + kx], &step->extra->H1w[kx][t - 128], &sum[kx], 1);
+// A task is a row of H2's kernels, in all four maps of a group, for one map of H1.
+INLINE void learn_H2(struct memory *s, const struct replica *r) {
+    EACH(t, 3 * 5 * 8) {
+        const int group = t / 40, ky = t / 8 % 5, i = t % 8;
+        float sum[5][4] = {{0}}, field[12], d[4][4];
+        for (int y = 0; y < 4; y++) {
+            read(field, &s->h1[read_by(group, i)][12 * (2 * y + ky)], 12, 4);
+            UNROLL for (int m = 0; m < 4; m++) read(d[m], &s->d2[16 * (4 * group + m) + 4 * y], 4, 4);
+            UNROLL for (int x = 0; x < 4; x++)
+                UNROLL for (int kx = 0; kx < 5; kx++)
+                    UNROLL for (int m = 0; m < 4; m++)
+                        sum[kx][m] = fmaf(power(field[2 * x + kx]), d[m][x], sum[kx][m]);
         }
+        UNROLL for (int kx = 0; kx < 5; kx++)
+            learn(r, s->net.H2w[group][i][5 * ky + kx].x, r->extra->H2w[kx][t].x, sum[kx], 4);
+    }
+}
+
+// A task is a row of a kernel of H1; then, four biases. The rows go to threads that learn_H2 needs least.
+INLINE void learn_H1(struct memory *s, const struct replica *r) {
+    EACH_FROM_LAST(t, 5 * 12) {
+        const int map = t % 12, ky = t / 12;
+        float sum[5] = {0}, field[20], d[8];
+        for (int y = 0; y < 8; y++) {
+            read(field, s->image[ky % 2][y + ky / 2], 20, 4);
+            read(d, &s->u.d1[map][8 * y], 8, 4);
+            UNROLL for (int x = 0; x < 8; x++)
+                UNROLL for (int kx = 0; kx < 5; kx++) sum[kx] = fmaf(power(field[2 * x + kx]), d[x], sum[kx]);
+        }
+        UNROLL for (int kx = 0; kx < 5; kx++)
+            learn(r, &s->net.H1w[map][5 * ky + kx], &r->extra->H1w[kx][t], &sum[kx], 1);
     }
     EACH(t, 12 * 16) {
         float d[4];
-        read(d, &s->u.d1[t / 16][4 * (t % 16)], 4, 4);
-        learn(step, &s->net.H1b[t / 16][4 * (t % 16)], step->extra->H1b[t].x, d, 4);
+        read(d, &s->u.d1[t / 16][t % 16 * 4], 4, 4);
+        learn(r, &s->net.H1b[t / 16][t % 16 * 4], r->extra->H1b[t].x, d, 4);
     }
-    BARRIER;
 }
 
-INLINE void backward(struct memory *s, const struct step *step) {
-    backward_loss(s, step);
-    backward_outputs(s, step);
-    backward_H3(s, step);
+INLINE void backward(struct memory *s, const struct replica *r) {
+    backward_loss(s, r);
+    backward_outputs(s, r);
+    backward_H3(s, r);
     backward_H2(s);
-    learn_H2_and_H1(s, step);
+    learn_H2(s, r);
+    learn_H1(s, r);
+    BARRIER;
 }
 
 // Kernels: what a block does for its replica
 
-INLINE void enter(struct memory *s, const struct job *job, int replica) {
-    const struct four *net = (const struct four *)(job->net + (long long)replica * FLOATS(network));
+INLINE void enter(struct memory *s, const struct job *job, int number) {
+    const struct four *net = (const struct four *)(job->net + (long long)number * FLOATS(network));
     EACH(i, FLOATS(network) / 4) ((struct four *)&s->net)[i] = net[i];
-    EACH(i, 12 * 148) s->h1[i / 148][i % 148] = -1;  // the border; who reads it waits at a barrier before
+    EACH(i, 12 * 148) s->h1[i / 148][i % 148] = -1;  // the border; forward_image has the barrier for both
 }
 
 // Present n digits, and step after each; or (CURVATURE) add up how the loss of each curves.
-INLINE void train_replica(struct memory *s, const struct job *job, int replica) {
-    struct step step = {job, (struct extra *)job->extra + (long long)replica * EXTRAS, 0, 0};
-    const word seed = OPTIMIZER == CURVATURE ? 0 : job->seeds[replica];
-    enter(s, job, replica);
+INLINE void train_replica(struct memory *s, const struct job *job, int number) {
+    struct replica r = {job, (struct extra *)job->extra + (long long)number * EXTRAS, 0, NOT_TRAINING, 0, 0};
+    if (OPTIMIZER != CURVATURE) r.seed = job->seeds[number];
+    enter(s, job, number);
     for (long long i = 0; i < job->n; i++) {
-        if (OPTIMIZER == ADAMW) step.size = job->steps[2 * i], step.unbias = job->steps[2 * i + 1];
-        forward(s, job, job->order ? job->order[replica * job->n + i] : i, seed,
-                OPTIMIZER == CURVATURE ? NOT_TRAINING : job->presentations + i);
-        backward(s, &step);
+        if (OPTIMIZER != CURVATURE) r.presentation = job->presentations + i;
+        if (OPTIMIZER == ADAMW) r.step = job->steps[2 * i], r.unbias = job->steps[2 * i + 1];
+        forward(s, &r, job->order ? job->order[number * job->n + i] : i);
+        backward(s, &r);
     }
     if (OPTIMIZER != CURVATURE) {
-        struct four *net = (struct four *)(job->net + (long long)replica * FLOATS(network));
+        struct four *net = (struct four *)(job->net + (long long)number * FLOATS(network));
         EACH(i, FLOATS(network) / 4) net[i] = ((struct four *)&s->net)[i];
     }
 }
 
 // The loss of n digits and how many are missed, with the highest output for another digit than the target.
-INLINE void evaluate_replica(struct memory *s, const struct job *job, int replica) {
-    double loss = 0;  // these are of the thread that has the task 0
+INLINE void evaluate_replica(struct memory *s, const struct job *job, int number) {
+    const struct replica r = {job, 0, 0, NOT_TRAINING, 0, 0};
+    double loss = 0;  // these two are of the thread that takes the task
     long long misses = 0;
-    enter(s, job, replica);
+    enter(s, job, number);
     for (long long i = 0; i < job->n; i++) {
-        forward(s, job, i, 0, NOT_TRAINING);
+        forward(s, &r, i);
         if (job->outputs)
-            EACH(j, 10) job->outputs[10 * (replica * job->n + i) + j] = s->out[j];
+            EACH(j, 10) job->outputs[10 * (number * job->n + i) + j] = s->out[j];
         EACH(t, 1) {
             int answer = 0, label = 0;
             double sum = 0;
@@ -581,29 +590,26 @@ INLINE void evaluate_replica(struct memory *s, const struct job *job, int replic
         }
         BARRIER;
     }
-    EACH(t, 1) {
-        job->loss[replica] += loss;
-        job->misses[replica] += misses;
-    }
+    EACH(t, 1) job->loss[number] += loss, job->misses[number] += misses;
 }
 
 // Where the parameters, in the order of repro.py, lie in a struct network and in a struct extra.
-INLINE void layout_replica(struct memory *s, const struct job *job, int replica) {
+INLINE void layout_replica(struct memory *s, const struct job *job, int number) {
     const struct network *net = &s->net;
     const struct extra *extra = (const struct extra *)s;
     int *places = job->places;
-    (void)replica;
-#define PLACE(first, count, in_network, in_extra)                                  \
-    EACH(i, count) {                                                               \
-        places[first + i] = &net->in_network - (const float *)net;                 \
-        places[9760 + first + i] = &extra->in_extra - (const float *)extra;        \
+    (void)number;
+#define PLACE(first, count, in_network, in_extra)                         \
+    EACH(i, count) {                                                      \
+        places[first + i] = &net->in_network - (float *)net;              \
+        places[9760 + first + i] = &extra->in_extra - (float *)extra;     \
     }
     PLACE(0, 300, H1w[i / 25][i % 25], H1w[i % 5][i / 25 + 12 * (i / 5 % 5)])
     PLACE(300, 768, H1b[i / 64][i % 64], H1b[i / 4].x[i % 4])
-    // Group 2 reads the maps 8 to 11 and then 0 to 3; in repro.py they are sorted.
 #define GROUP (i / 800)
-#define FROM ((i / 25 % 8 + (GROUP == 2 ? 4 : 0)) % 8)
-    PLACE(1068, 2400, H2w[GROUP][FROM][i % 25].x[i / 200 % 4], H2w[i % 5][40 * GROUP + 8 * (i / 5 % 5) + FROM].x[i / 200 % 4])
+#define MAP (i / 200 % 4)
+#define FROM ((i / 25 + GROUP / 2 * 4) % 8)  // group 2 reads maps 8 to 11, then 0 to 3; repro.py has 0 to 3 first
+    PLACE(1068, 2400, H2w[GROUP][FROM][i % 25].x[MAP], H2w[i % 5][40 * GROUP + 8 * (i / 5 % 5) + FROM].x[MAP])
     PLACE(3468, 192, H2b[i], H2b[i])
     PLACE(3660, 5760, H3w[i / 30][i % 30], H3w[i % 30 / 2][i / 30].x[i % 2])
     PLACE(9420, 30, H3b[i], H3b[i])
@@ -624,7 +630,7 @@ INLINE void layout_replica(struct memory *s, const struct job *job, int replica)
 #define KERNEL(name)                                                                               \
     void name(struct job job, long long replicas) {                                                \
         struct memory memory;                                                                      \
-        for (int replica = 0; replica < replicas; replica++) name##_replica(&memory, &job, replica); \
+        for (int number = 0; number < replicas; number++) name##_replica(&memory, &job, number); \
     }
 #endif
 #endif

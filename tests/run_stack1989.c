@@ -17,8 +17,10 @@ static int wait_for_all(void) { return pthread_barrier_wait(&barriers[turn++ % 2
 
 static int task(int number, int n) { return run.backwards ? n - 1 - number : number; }
 
-#define EACH(t, n) \
-    for (int number = thread, t; number < (n) && (t = task(number, n), 1); number += (int)run.threads)
+#define TASKS(first, t, n) \
+    for (int number = first, t; number < (n) && (t = task(number, n), 1); number += (int)run.threads)
+#define EACH(t, n) TASKS(thread, t, n)
+#define EACH_FROM_LAST(t, n) TASKS((int)run.threads - 1 - thread, t, n)
 #define BARRIER ((void)(__COUNTER__ != run.removed && wait_for_all()))
 #define KERNEL(name)
 
