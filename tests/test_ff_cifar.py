@@ -1,5 +1,6 @@
 import functools
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from conftest import one_sentence
 import forward_forward as ff
 import utils
 from datasets import cifar10
-from kernels import build
+from kernels import build, local_fields
 from kernels.local_fields import FieldKernels
 from records.run import Run, read_run
 from records.tables import fill
@@ -18,7 +19,7 @@ from studies import ff_cifar as study
 from studies import ff_cifar_page, ff_cifar_speed
 
 environment = functools.cache(utils.environment)  # git, once
-SMALL = {"passes": 2, "batch_size": 10, "curve_images": 30, "precision": "fp32"}
+SMALL = {"passes": 2, "batch_size": 20, "curve_images": 30, "precision": "fp32"}
 
 
 @functools.cache
@@ -127,6 +128,46 @@ def test_c_refuses_what_it_cannot_read():
             call()
     with pytest.raises(ValueError, match="float16"):
         FieldKernels(torch.float16)
+
+
+PROGRAM = """
+#include <stdlib.h>
+
+int main(void) {  // no array is longer than it has to be
+    for (int64_t n = 1; n < 4; n += 2) {
+        const int64_t seen = n * 42 * 42 * 3, map = n * 3072, groups = (n + GROUP - 1) / GROUP;
+        number *x = calloc(seen, sizeof *x), *d = calloc(map, sizeof *d), *out = calloc(map, sizeof *out);
+        number *weights = calloc(64 * 588 * 48, sizeof *weights);
+        number *by_weights = calloc(64 * 588 * 48, sizeof *by_weights);
+        uint32_t *scratch = malloc(groups * (42 * 42 * 3 + 3072 + 42 + 48) * 4);
+        float *by_x = calloc(seen, sizeof *by_x);
+        products(x, weights, n, out);
+        outer(x, d, n, scratch, by_weights);
+        back(d, weights, n, by_x);
+        free(x), free(d), free(out), free(weights), free(by_weights), free(scratch), free(by_x);
+    }
+    return 0;
+}
+"""
+
+
+@pytest.mark.parametrize("bf16", [0, 1])
+def test_sanitizers_find_nothing(bf16, tmp_path):
+    """In the C code as a program of its own: nothing beyond an array is read or written."""
+    try:
+        compiler = build.find_compiler()
+    except build.Unavailable as error:
+        pytest.skip(str(error))
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+    (tmp_path / "empty.c").write_text("int main(void) { return 0; }\n")
+    if subprocess.run([*compiler, *sanitize, tmp_path / "empty.c", "-o", tmp_path / "empty"]).returncode:
+        pytest.skip(f"{compiler[0]} has no sanitizers")
+    (tmp_path / "program.c").write_text(f'#include "{local_fields.SOURCE}"\n{PROGRAM}')
+    target, _ = build.resolve_target(compiler, None)
+    command = [*compiler, *build.MATHS, *target, *sanitize, f"-DBF16={bf16}", "-O1"]
+    subprocess.run([*command, tmp_path / "program.c", "-o", tmp_path / "program"], check=True)
+    done = subprocess.run([tmp_path / "program"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 # Networks
@@ -389,21 +430,21 @@ def test_it_learns(name, on_pictures):
 
 
 def test_smoke_gives_the_same_bytes_with_any_number_of_threads(on_pictures, tmp_path, capsys):
-    flags = ["--smoke", "--quiet", "--precision", "fp32", "--seeds", "2"]
+    flags = ["--smoke", "--quiet", "--precision", "fp32", "--seeds", "1"]
     flags += ["--configs", "ff-min-2", "choose-bp-lr0.1"]
     texts = []
     for threads in ("1", "2"):
         out = tmp_path / threads
         assert study.main([*flags, "--threads", threads, "--out", str(out)]) == 0
         run = read_run(out / "ff-min-2-fp32.jsonl")
-        assert run.script == "ff_cifar" and sorted(run.records) == [1337, 1338]
+        assert run.script == "ff_cifar" and sorted(run.records) == [1337]
         texts.append([path.read_bytes() for path in sorted(out.glob("*.jsonl"))])
         assert (out / "curves.png").stat().st_size > 10_000
     assert len(texts[0]) == 2 and texts[0] == texts[1]
     choice = read_run(tmp_path / "1" / "choose-bp-lr0.1-fp32.jsonl")
     assert choice.records[1337][-1]["split"] == "validation" and choice.config["validation"] == 30
     assert not choice.final("test") and not choice.final("train")
-    assert "| FF, minimising squares | every label, all layers | 2 | 2 | 2 |" in capsys.readouterr().out
+    assert "| FF, minimising squares | every label, all layers | 2 | 2 | 1 |" in capsys.readouterr().out
     (tmp_path / "2" / "ff-min-2-fp32.jsonl").unlink()
     flags[-2:] = ["choose-bp-lr0.1"]  # what is there is not trained again, and there is nothing to draw
     assert study.main([*flags, "--out", str(tmp_path / "2")]) == 0
