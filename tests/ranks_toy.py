@@ -55,13 +55,11 @@ def train_together(out, seed, seeds):
 
 def several(out):
     """The exit statuses of several scripts, by name."""
-    usual = "--data", "strokes", "--smoke", "--quiet"
+    usual = "--data", "strokes", "--smoke", "--quiet", "--no-figures"
     return {
         "repro": repro.main([*usual, "--seeds", "4", "--out", f"{out}/repro"]),
-        "few": repro.main([*usual, "--seeds", "1", "--no-figures", "--out", f"{out}/few"]),
-        "modern": modern.main(
-            [*usual, "--seeds", "2", "--change", "all", "--no-figures", "--out", f"{out}/modern"]
-        ),
+        "few": repro.main([*usual, "--seeds", "1", "--out", f"{out}/few"]),
+        "modern": modern.main([*usual, "--seeds", "2", "--change", "all", "--out", f"{out}/modern"]),
         "torch": train_together(f"{out}/torch", 1337, 4),
         "study": more_data.main(["--smoke", "--quiet", "--seeds", "2", "--out", f"{out}/study"]),
         "again": more_data.main(["--smoke", "--quiet", "--seeds", "2", "--out", f"{out}/study"]),
