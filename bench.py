@@ -3,6 +3,7 @@
     python bench.py            # about a minute; prints the tables
     python bench.py --record   # also keeps the measurement, in results/bench/<processor>.json, and shows it
     python bench.py --tables   # writes the tables of README.md and results/bench/ from what is on file
+    python bench.py --device cuda --record   # many replicas on a GPU, kept in results/bench/<card>/
 
 Two networks are measured: that of repro.py, and the same with all changes of modern.py. The contenders take
 turns, `--rounds` times, in one process; times are medians. Beside each speed stands the share of the limit:
@@ -36,6 +37,7 @@ from kernels.convnet1989 import Convnet1989
 from records import tables
 
 torch, F = utils.Lazy("torch"), utils.Lazy("torch.nn.functional")
+cuda = utils.Lazy("kernels.cuda")
 
 SEED = 1337
 FOLDER = utils.ROOT / "results" / "bench"
@@ -249,6 +251,92 @@ def measure(rounds, n, quiet):
     return record
 
 
+# Many replicas on a GPU
+
+
+REPLICAS = (1, 16, 132, 264, 528, 1056)  # an H100 has 132 multiprocessors, which hold four each
+NETWORKS = {"network of 1989": 0, "all changes of modern.py": 4}  # its --change
+
+
+def gpu_contenders(images, labels):
+    """(network, engine, replicas) -> a function that trains so many, each network first in C on two cores."""
+    bordered, entered, pool = torch.tensor(repro.add_border(images)), {}, ThreadPoolExecutor(2)
+    for network, change in NETWORKS.items():
+        config = modern.make_config(change, "strokes")
+        targets, lr = torch.tensor(modern.encode(labels, config["loss"])), config["lr"]
+        in_c = modern.pick_engine("c", "cpu", config)
+        given = bordered.numpy(), targets.numpy(), lr
+        entered[network, "C engine, 2 cores", 2] = functools.partial(
+            on_threads, pool, [functools.partial(in_c([SEED]).train_pass, *given) for _ in range(2)]
+        )
+        for engine in ("cuda", "cuda-fast"):
+            gpu = modern.pick_gpu(engine, "cuda", config)
+            for count in REPLICAS:
+                seeds = range(SEED, SEED + count)
+                replicas = gpu.start(seeds, [modern.init_parameters(SEED, config)] * count)
+                given = replicas.tensor(bordered), replicas.tensor(targets), lr
+                name = network, f"GPU, {gpu.build} build, {gpu.wave} at a time", count
+                entered[name] = functools.partial(replicas.stack.train_pass, *given)
+    return entered
+
+
+def on_threads(pool, jobs):
+    """Call all jobs at the same time, and wait for them."""
+    for job in [pool.submit(job) for job in jobs]:
+        job.result()
+
+
+def measure_gpu(rounds, n, quiet):
+    """A dict to keep as JSON: presentations a second of each contender, which take turns on `n` digits."""
+    device, entered = cuda.Device(), gpu_contenders(*strokes.draw_digits(n, 1989))
+    speeds = {name: [] for name in entered}
+    for work in entered.values():
+        work()  # once to warm up
+    for _ in tqdm(range(rounds), unit="round", disable=quiet or None):
+        for name, work in entered.items():
+            started = time.perf_counter()
+            work()
+            speeds[name].append(n * name[2] / (time.perf_counter() - started))
+    record = {"card": device.card, "multiprocessors": device.multiprocessors, "rounds": rounds}
+    record |= {"clocks_a_second": device.clocks_a_second, "rows": []}
+    for (network, engine, replicas), own in speeds.items():
+        row = {"network": network, "engine": engine, "replicas": replicas}
+        row |= {"digits_a_second": statistics.median(own), "lowest_and_highest": [min(own), max(own)]}
+        record["rows"].append(row)
+    return record
+
+
+def describe_gpu(bench):
+    """A table in Markdown for each network, and what was measured."""
+    text, clocks = [], bench["multiprocessors"] * bench["clocks_a_second"]
+    for network in NETWORKS:
+        rows, cells = [row for row in bench["rows"] if row["network"] == network], []
+        for row in rows:
+            speed = row["digits_a_second"]
+            ratio = three_digits(speed / rows[0]["digits_a_second"])
+            spent = "-" if row is rows[0] else f"{clocks / speed:,.0f}"
+            cells.append((row["engine"], f"{row['replicas']:,}", f"{speed:,.0f}", ratio, spent))
+        head = network, "replicas", "digits a second", "ratio", "clocks"
+        text.append(tables.markdown_table(head, cells))
+    text.append(
+        f"Measured on {bench['card']} beside {bench['cpu']}; PyTorch {bench['versions']['torch']}; medians "
+        f"of {bench['rounds']} rounds. The ratio is to two cores. Clocks are those that a multiprocessor has "
+        f"for a digit: there are {bench['multiprocessors']}, of at most "
+        f"{bench['clocks_a_second'] / 1e9:.2f} GHz."
+    )
+    return "\n\n".join(text)
+
+
+def write_gpu_pages(folder):
+    """A page in the folder of each card that was measured."""
+    for bench in read_records(folder, "*/bench.json", describe_gpu):
+        page = folder / file_name(bench["card"]) / "README.md"
+        title = f"# Replicas of the 1989 network on {bench['card']}\n\n"
+        command = "`python bench.py --device cuda --record` makes this page.\n\n"
+        utils.write_file(page, title + command + describe_gpu(bench) + "\n")
+        print(f"{page} is up to date.")
+
+
 # What is shown of it
 
 
@@ -330,11 +418,11 @@ def plot(bench):
     return figure
 
 
-def read_records(folder):
+def read_records(folder, pattern="*.json", describe=describe):
     """The measurements on file, in the order of their names."""
     records, path = [], folder
     try:
-        for path in sorted(folder.glob("*.json")):
+        for path in sorted(folder.glob(pattern)):
             records.append(json.loads(path.read_text(encoding="utf-8")))
             describe(records[-1])
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -342,6 +430,11 @@ def read_records(folder):
     if not records:
         raise utils.BadRequest(f"there is no measurement in {folder}: make one with --record")
     return records
+
+
+def file_name(words):
+    """The words as the name of a file: small letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def write_pages(folder, front_page):
@@ -358,6 +451,7 @@ def write_pages(folder, front_page):
 def main(argv=None):
     parser = utils.Parser("bench", __doc__)
     flag, rounds = parser.add_argument, utils.number(int, at_least=1, at_most=1000)
+    flag("--device", default="cpu", choices=("cpu", "cuda"), help="what to measure (default: cpu)")
     flag("--rounds", default=9, type=rounds, help="how often each contender takes its turn (default: 9)")
     flag("--record", action="store_true", help="keep the measurement, and write the tables and the figure")
     flag("--tables", action="store_true", help="write tables and figure from the records, without measuring")
@@ -368,17 +462,24 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.smoke and args.record:
         raise utils.BadRequest("--smoke measures nothing worth a --record: leave one of them out")
+    on_gpu = args.device == "cuda"
     if not args.tables:
+        utils.require_device(args.device)
+        rounds, n = (1, 100) if args.smoke else (args.rounds, 7291)
         try:
-            bench = measure(1 if args.smoke else args.rounds, 100 if args.smoke else 7291, args.quiet)
+            bench = (measure_gpu if on_gpu else measure)(rounds, n, args.quiet)
         except build.Unavailable as error:
-            raise utils.BadRequest(f"there is no C engine to measure: {error}") from error
+            what = "GPU" if on_gpu else "C engine"
+            raise utils.BadRequest(f"there is no {what} to measure: {error}") from error
         bench |= utils.environment()
-        print(describe(bench))
+        print((describe_gpu if on_gpu else describe)(bench))
     if args.record:
-        name = re.sub(r"[^a-z0-9]+", "-", bench["cpu"].lower()).strip("-")
-        utils.write_file(FOLDER / f"{name}.json", json.dumps(bench, indent=1) + "\n")
+        path = f"{file_name(bench['card'])}/bench.json" if on_gpu else f"{file_name(bench['cpu'])}.json"
+        (FOLDER / path).parent.mkdir(parents=True, exist_ok=True)
+        utils.write_file(FOLDER / path, json.dumps(bench, indent=1) + "\n")
     if args.record or args.tables:
+        if on_gpu:
+            return write_gpu_pages(FOLDER)
         write_pages(FOLDER, utils.ROOT / "README.md")
         print(f"The tables in README.md and in {FOLDER} are up to date.")
 

@@ -358,7 +358,7 @@ def pick_engine(name, device, config):
 
 
 def train_wave(config, seeds, splits, gpu, progress=lambda n: None):
-    """`train`, for many seeds at once on a GPU: seed -> records, and the replicas with their parameters."""
+    """`train`, for many seeds at once on a GPU: seed -> records, the replicas, and the gap of each."""
 
     def rates(number, replicas, images):
         if config["optimizer"] == "sgd":
@@ -372,10 +372,11 @@ def train_wave(config, seeds, splits, gpu, progress=lambda n: None):
     lower = "--lr" if config["optimizer"] == "sgd" else "--eta"
     given = seeds, start, splits, targets, config["passes"], rates, progress, lower
     records, replicas = gpu.train(*given)
-    images, labels = splits["test"]
+    (images, labels), gaps = splits["test"], []
     for seed, outputs in zip(seeds, replicas.compute_outputs(images)):
         add_rejections(records[seed], outputs, labels)
-    return records, replicas
+        gaps.append(gap_for(1.0, outputs, labels))
+    return records, replicas, gaps
 
 
 def pick_gpu(name, device, config):
@@ -601,15 +602,15 @@ def main(argv=None):
         threading.Thread(target=importlib.import_module, args=["records.figures"]).start()
     with runs.open_run(path, "repro", config, digits.sha256(), log=True, threads=threads, **facts) as run:
 
-        def save(seed, parameters):
+        def save(seed, parameters, gap):
             where, arrays = weights.weights_path(path, seed), parameters._asdict()
-            images, labels = splits["test"]
-            arrays["gap"] = np.array(gap_for(1.0, engine.compute_outputs(parameters, images), labels))
+            arrays["gap"] = np.array(gap)
             weights.save_weights(where, "convnet1989", config, run.data_sha256, arrays)
 
         def train_and_save(seed, progress):
             records, parameters = train(config, seed, splits, engine, progress)
-            save(seed, parameters)
+            images, labels = splits["test"]
+            save(seed, parameters, gap_for(1.0, engine.compute_outputs(parameters, images), labels))
             return records, parameters
 
         total = len(seeds) * config["passes"] * len(splits["train"][1])

@@ -45,6 +45,7 @@ class Device:
         self.call("cuDeviceGetName", name, len(name), self._device)
         self.card = name.value.decode()
         self.multiprocessors = self._attribute(16)  # the numbers are those of the driver's header, cuda.h
+        self.clocks_a_second = 1000 * self._attribute(13)  # at most
         self.architecture = 10 * self._attribute(75) + self._attribute(76)
         self.shared_bytes = self._attribute(97)  # of a block that asks for more than the usual 48 KB
         self.shared_bytes_in_all = self._attribute(81)  # of a multiprocessor

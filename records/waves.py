@@ -18,7 +18,7 @@ from records import run as runs
 
 AT_A_TIME = stack1989.AT_A_TIME  # digits in a launch
 KERNELS = ("train", "evaluate", "layout")
-SHARED_BYTES = 56_544  # of a block
+SHARED_BYTES = 57_344  # of a block, at most: four of these fit into an H100's multiprocessor
 # Blocks that a multiprocessor has the memory for -> threads of a block: with more threads, the compiler would
 # have to move registers to memory.
 THREADS = {1: 384, 2: 256, 3: 192, 4: 192}
@@ -133,18 +133,19 @@ class Replicas:
 def train_waves(run, seeds, wave, train, save, threads, total, quiet):
     """Train all seeds, a wave at a time, and write each wave as soon as it is done: a list.
 
-    `train(seeds, progress=...)` returns seed -> records, and the Replicas; `save(seed, parameters)` is called
-    for each seed, `threads` at a time. `total` is the number of presentations, for the progress bar. The list
-    has a wave's Replicas, or None but for the first wave, whose are wanted for figures.
+    `train(seeds, progress=...)` returns seed -> records, the Replicas, and any lists of one entry for each
+    seed. `save(seed, parameters, ...)`, with these entries, is called for each seed, `threads` at a time.
+    `total` is the number of presentations, for the progress bar. The list has the Replicas of the first wave,
+    which figures show, and None for each other.
     """
 
     def job(own, progress):
         started = time.perf_counter()
-        records, replicas = train(own, progress=progress)
+        records, replicas, *more = train(own, progress=progress)
         seconds = time.perf_counter() - started
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(save, own, replicas.parameters()))
+            list(pool.map(save, own, replicas.parameters(), *more))
         run.add(records, seconds)
         return replicas if own[0] == seeds[0] else None  # the others' memory is free again
 
-    return runs.in_parallel(job, ranks.cut(seeds, wave), 1, total, quiet)
+    return runs.in_parallel(job, ranks.cut(seeds, ranks.agree(wave)), 1, total, quiet)

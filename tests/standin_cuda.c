@@ -40,6 +40,7 @@ int cuDeviceGetName(char *name, int size, int device) {
 
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
     switch (attribute) {
+        case 13: *value = 1000000; break;
         case 16: *value = standin_multiprocessors; break;
         case 75: *value = standin_capability / 10; break;
         case 76: *value = standin_capability % 10; break;
