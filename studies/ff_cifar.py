@@ -336,7 +336,7 @@ USUAL = {
 FF = {"method": "ff", "threshold": 1.0, "label_scale": 8.0, "peer": 0.03, "head_lr": 0.1, "lr": 0.01}
 METHODS = {
     "bp": {**USUAL, "method": "bp", "lr": 0.3, "head_lr": 0.1},
-    "ff-max": {**USUAL, **FF, "squares": "max", "lr": 0.003},
+    "ff-max": {**USUAL, **FF, "squares": "max"},
     "ff-min": {**USUAL, **FF, "squares": "min"},
 }
 CONFIGS = {
