@@ -36,18 +36,7 @@
 // - What is in global memory, struct extra, lies in the order in which neighbouring tasks take it.
 // Shared memory also decides how many blocks fit: with at most 57,344 bytes, four on an H100.
 
-#define MSE 1
-#define CROSS_ENTROPY 2
-#define TANH 1
-#define SCALED_TANH 2
-#define RELU 3
-#define SGD 1
-#define SGD_RATES 2
-#define ADAMW 3
-#define CURVATURE 4
-#define NONE 0
-#define ROLL 1
-#define PAD 2
+enum { MSE, CROSS_ENTROPY, TANH, SCALED_TANH, RELU, SGD, SGD_RATES, ADAMW, CURVATURE, NONE, ROLL, PAD };
 
 #ifdef __CUDACC__
 #define INLINE static __device__ __forceinline__
@@ -151,30 +140,33 @@ struct replica {
 
 #define NOT_TRAINING -1
 
-// Copy `count` floats to registers or from them, `wide` at a time.
+// Copy `count` floats to registers or from them, `wide` at a time: 1, 2 or 4.
+
 INLINE void read(float *to, const float *from, int count, int wide) {
     UNROLL for (int i = 0; i < count; i += wide) {
+        if (wide == 1) to[i] = from[i];
+        if (wide == 2) {
+            const struct two two = *(const struct two *)(from + i);
+            to[i] = two.x[0], to[i + 1] = two.x[1];
+        }
         if (wide == 4) {
             const struct four four = *(const struct four *)(from + i);
             UNROLL for (int j = 0; j < 4; j++) to[i + j] = four.x[j];
-        } else if (wide == 2) {
-            const struct two two = *(const struct two *)(from + i);
-            to[i] = two.x[0], to[i + 1] = two.x[1];
-        } else
-            to[i] = from[i];
+        }
     }
 }
 
 INLINE void write(float *to, const float *from, int count, int wide) {
     UNROLL for (int i = 0; i < count; i += wide) {
+        if (wide == 1) to[i] = from[i];
+        if (wide == 2) {
+            const struct two two = {{from[i], from[i + 1]}};
+            *(struct two *)(to + i) = two;
+        }
         if (wide == 4) {
             const struct four four = {{from[i], from[i + 1], from[i + 2], from[i + 3]}};
             *(struct four *)(to + i) = four;
-        } else if (wide == 2) {
-            const struct two two = {{from[i], from[i + 1]}};
-            *(struct two *)(to + i) = two;
-        } else
-            to[i] = from[i];
+        }
     }
 }
 
@@ -191,21 +183,13 @@ INLINE float tanh_of(float x) {
     return x * p / q;
 }
 
-#if ACTIVATION == SCALED_TANH
-INLINE float squash(float x) { return 1.7159f * tanh_of(2.0f / 3 * x); }
-INLINE float squash_slope(float y) { return fmaf(-2.0f / 3 / 1.7159f * y, y, 1.7159f * 2 / 3); }
-#else
-INLINE float squash(float x) { return tanh_of(x); }
-INLINE float squash_slope(float y) { return fmaf(-y, y, 1.0f); }
-#endif
+INLINE float squash(float x) { return ACTIVATION == SCALED_TANH ? 1.7159f * tanh_of(2.0f / 3 * x) : tanh_of(x); }
+INLINE float squash_slope(float y) {
+    return ACTIVATION == SCALED_TANH ? fmaf(-2.0f / 3 / 1.7159f * y, y, 1.7159f * 2 / 3) : fmaf(-y, y, 1.0f);
+}
 
-#if ACTIVATION == RELU
-INLINE float activate(float x) { return x < 0.0f ? 0.0f : x; }
-INLINE float slope(float y) { return y > 0.0f ? 1.0f : 0.0f; }
-#else
-#define activate squash
-#define slope squash_slope
-#endif
+INLINE float activate(float x) { return ACTIVATION != RELU ? squash(x) : x < 0.0f ? 0.0f : x; }
+INLINE float slope(float y) { return ACTIVATION != RELU ? squash_slope(y) : y > 0.0f ? 1.0f : 0.0f; }
 
 // e^x for x <= 0: 2^n e^r with |r| <= ln 2 / 2, a polynomial fitted for the least largest relative error.
 INLINE float exp_of(float x) {
@@ -378,17 +362,14 @@ INLINE void learn(const struct replica *r, float *weights, float *extra, const f
     if (EXTRAS > 0) read(e, extra, count, count);
     if (EXTRAS > 1) read(f, extra2, count, count);
     UNROLL for (int i = 0; i < count; i++) {
-#if OPTIMIZER == SGD
-        w[i] = fmaf(-job->lr, gradient[i], w[i]);
-#elif OPTIMIZER == SGD_RATES
-        w[i] = fmaf(-e[i], gradient[i], w[i]);
-#elif OPTIMIZER == ADAMW
-        e[i] = fmaf(job->rest1, gradient[i] - e[i], e[i]);
-        f[i] = fmaf(job->rest2, fmaf(gradient[i], gradient[i], -f[i]), f[i]);
-        w[i] = fmaf(job->shrink, w[i], -r->step * e[i] / fmaf(sqrtf(f[i]), r->unbias, job->epsilon));
-#elif OPTIMIZER == CURVATURE
-        e[i] += gradient[i];
-#endif
+        if (OPTIMIZER == SGD) w[i] = fmaf(-job->lr, gradient[i], w[i]);
+        if (OPTIMIZER == SGD_RATES) w[i] = fmaf(-e[i], gradient[i], w[i]);
+        if (OPTIMIZER == ADAMW) {
+            e[i] = fmaf(job->rest1, gradient[i] - e[i], e[i]);
+            f[i] = fmaf(job->rest2, fmaf(gradient[i], gradient[i], -f[i]), f[i]);
+            w[i] = fmaf(job->shrink, w[i], -r->step * e[i] / fmaf(sqrtf(f[i]), r->unbias, job->epsilon));
+        }
+        if (OPTIMIZER == CURVATURE) e[i] += gradient[i];
     }
     if (OPTIMIZER != CURVATURE) write(weights, w, count, count);
     if (OPTIMIZER == ADAMW || OPTIMIZER == CURVATURE) write(extra, e, count, count);
@@ -398,15 +379,16 @@ INLINE void learn(const struct replica *r, float *weights, float *extra, const f
 // A task is an output.
 INLINE void backward_loss(struct memory *s, const struct replica *r) {
     EACH(j, 10) {
-#if LOSS == MSE
-        const float slope2 = power(squash_slope(s->out[j]));
-        const float d = 2.0f / 10 * (OPTIMIZER == CURVATURE ? 1 : s->out[j] - s->target[j]) * slope2;
-#else
-        float highest = s->out[0], sum = 0;
-        UNROLL for (int i = 1; i < 10; i++) highest = s->out[i] > highest ? s->out[i] : highest;
-        UNROLL for (int i = 0; i < 10; i++) sum += exp_of(s->out[i] - highest);
-        const float d = exp_of(s->out[j] - highest) / sum - s->target[j];
-#endif
+        float d;
+        if (LOSS == MSE) {
+            const float off = OPTIMIZER == CURVATURE ? 1 : s->out[j] - s->target[j];
+            d = 2.0f / 10 * off * power(squash_slope(s->out[j]));
+        } else {
+            float highest = s->out[0], sum = 0;
+            UNROLL for (int i = 1; i < 10; i++) highest = s->out[i] > highest ? s->out[i] : highest;
+            UNROLL for (int i = 0; i < 10; i++) sum += exp_of(s->out[i] - highest);
+            d = exp_of(s->out[j] - highest) / sum - s->target[j];
+        }
         s->d[j] = d;
         learn(r, &s->net.outb[j], &r->extra->outb[j], &d, 1);
     }
@@ -575,17 +557,16 @@ INLINE void evaluate_replica(struct memory *s, const struct job *job, int number
                 if (s->out[j] > s->out[answer]) answer = j;
                 if (s->target[j] > s->target[label]) label = j;
             }
-#if LOSS == MSE
             for (int j = 0; j < 10; j++) {
                 const double off = s->out[j] - s->target[j];
-                sum += off * off / 10;
+                sum += LOSS == MSE ? off * off / 10 : exp_of(s->out[j] - s->out[answer]);
             }
-            loss += sum;
-#else
-            for (int j = 0; j < 10; j++) sum += exp_of(s->out[j] - s->out[answer]);
-            const double log_sum = s->out[answer] + log(sum);
-            for (int j = 0; j < 10; j++) loss += s->target[j] * (log_sum - s->out[j]);
-#endif
+            if (LOSS == MSE) {
+                loss += sum;
+            } else {
+                const double log_sum = s->out[answer] + log(sum);
+                for (int j = 0; j < 10; j++) loss += s->target[j] * (log_sum - s->out[j]);
+            }
             misses += answer != label;
         }
         BARRIER;
