@@ -29,10 +29,9 @@
 // - A task reads 16 bytes at a time where it can. The hardware then serves eight threads at a time, and the units
 //   of 16 bytes that these read should be distinct modulo 8, or the same. So it is 148 floats, 37 units, from one
 //   map of H1 to the next, of which 144 are in use; 68 (of 64) for its errors and biases; 208 (of 192) for parts of
-//   H2's sums. The rows of the image lie in two halves, even and odd, because a map's neighbouring rows read
-//   every other row: these are 5 units apart, and would be 10. The weights of H2's four maps that read the same
-//   maps lie side by side, and 25 units from the next.
-// - Tasks are numbered so that two neighbours read one of their operands from the same place.
+//   H2's sums. The weights of the four maps of H2 that read the same maps lie side by side, 25 units from the next.
+// - Tasks are numbered so that two neighbours read one of their operands from the same place, which one access
+//   may then serve.
 // - What is in global memory, struct extra, lies in the order in which neighbouring tasks take it.
 // Shared memory also decides how many blocks fit: with at most 57,344 bytes, four on an H100.
 
@@ -97,7 +96,7 @@ struct extra {
 // The shared memory of a block. An error, d, is the derivative of the loss by a unit's sum.
 struct ALIGNED(16) memory {
     struct network net;
-    float image[2][10][20];  // [y % 2][y / 2][x], with its border
+    float image[20][20];  // with its border
     float target[12];
     float h1[12][148];  // 12 x 12, with a border of -1
     float h2[192];      // as H3 reads them: after dropout
@@ -237,7 +236,7 @@ INLINE void forward_image(struct memory *s, const struct replica *r, long long d
             const int from_y = y - 2 - down, from_x = x - 2 - right, outside = (from_y | from_x) & ~15;
             value = SHIFT == PAD && outside ? -1 : image[20 * ((from_y & 15) + 2) + (from_x & 15) + 2];
         }
-        s->image[y % 2][y / 2][x] = value;
+        s->image[y][x] = value;
     }
     EACH(j, 10) s->target[j] = target[j];
     BARRIER;
@@ -250,7 +249,7 @@ INLINE void forward_H1(struct memory *s) {
         float sum[2][8], field[20];
         UNROLL for (int m = 0; m < 2; m++) read(sum[m], &s->net.H1b[maps + m][8 * y], 8, 4);
         for (int ky = 0; ky < 5; ky++) {
-            read(field, s->image[ky % 2][y + ky / 2], 20, 4);
+            read(field, s->image[2 * y + ky], 20, 4);
             UNROLL for (int kx = 0; kx < 5; kx++)
                 UNROLL for (int m = 0; m < 2; m++) {
                     const float weight = s->net.H1w[maps + m][5 * ky + kx];
@@ -490,7 +489,7 @@ INLINE void learn_H1(struct memory *s, const struct replica *r) {
         const int map = t % 12, ky = t / 12;
         float sum[5] = {0}, field[20], d[8];
         for (int y = 0; y < 8; y++) {
-            read(field, s->image[ky % 2][y + ky / 2], 20, 4);
+            read(field, s->image[2 * y + ky], 20, 4);
             read(d, &s->u.d1[map][8 * y], 8, 4);
             UNROLL for (int x = 0; x < 8; x++)
                 UNROLL for (int kx = 0; kx < 5; kx++) sum[kx] = fmaf(power(field[2 * x + kx]), d[x], sum[kx]);

@@ -12,6 +12,7 @@ device of the Stack1989, so those of a launcher for a GPU are on the GPU.
 """
 
 import ctypes
+import functools
 import math
 from pathlib import Path
 
@@ -191,20 +192,23 @@ class Stack1989:
         order (replicas, n), int32: the images whose mean it is, for each replica. Connections that share a
         weight are added, without the terms between them (LeCun et al. 1998, appendix C).
         """
+        if self.defines["LOSS"] != "MSE":
+            raise ValueError("the Gauss-Newton diagonal is of the mean squared error")
         n = order.shape[1]
         self._check(images, (len(images), 1, 20, 20), "images")
         self._check(order, (self.replicas, n), "order", torch.int32)
         if not ((order >= 0) & (order < len(images))).all():
             raise ValueError("order: there is no such image")
-        launcher = self.make_launcher({**self.defines, "OPTIMIZER": "CURVATURE"})
-        sums, targets = (
-            self._zeros(self.replicas, launcher.constant("extra_floats")),
-            self._zeros(len(images), 10),
-        )
+        launcher, targets = self._curvature_launcher, self._zeros(len(images), 10)
+        sums = self._zeros(self.replicas, launcher.constant("extra_floats"))
         for part in order.split(AT_A_TIME, dim=1):
             given = {"images": images, "targets": targets, "order": part.contiguous(), "n": part.shape[1]}
             self._launch(launcher, "train", self.replicas, net=self.net, extra=sums, **given)
         return sums[:, self._extra_places] / n
+
+    @functools.cached_property
+    def _curvature_launcher(self):
+        return self.make_launcher({**self.defines, "OPTIMIZER": "CURVATURE"})
 
     def _adamw_steps(self, n, lr):
         """How AdamW corrects the moments in each of the next n presentations, (n, 2): see struct job."""

@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 import subprocess
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -293,6 +294,52 @@ def test_a_thread_sanitizer_finds_no_race_and_misses_each_barrier(in_threads, sa
         assert trained(stack) != alone or stack.launcher.races, removed
 
 
+# The layout. Of eight threads that read 16 bytes each, one wavefront serves those whose units of 16 bytes are
+# distinct modulo 8, or the same.
+
+
+@pytest.fixture
+def count_wavefronts(sanitizer, tmp_path):
+    """A function of a source: the wavefronts of all reads of 16 bytes in a presentation, and the fewest."""
+
+    def count(text):
+        (tmp_path / "traced.c").write_text(text)
+        compiler = build.find_compiler()
+        target, _ = build.resolve_target(compiler, None)
+        names = "LOSS", "ACTIVATION", "OPTIMIZER", "SHIFT"
+        flags = [f"-D{name}={value.upper()}" for name, value in zip(names, NINE[0])]
+        flags += [
+            "-DDROPOUT=0",
+            f'-DSOURCE="{tmp_path / "traced.c"}"',
+            "-std=gnu11",
+            "-O1",
+            "-ffp-contract=off",
+        ]
+        traced = ROOT / "tests" / "trace_stack1989.c", "-o", tmp_path / "traced.o"
+        subprocess.run([*compiler, *flags, *target, *sanitizer, "-w", "-c", *traced], check=True)
+        linked = [*compiler, tmp_path / "traced.o", "-o", tmp_path / "traced", "-lm"]
+        if subprocess.run(linked, capture_output=True).returncode:
+            pytest.skip(f"the sanitizer of {compiler[0]} calls other functions than gcc's")
+        done = subprocess.run([tmp_path / "traced"], capture_output=True, check=True)
+        seen, reads = Counter(), defaultdict(set)
+        for phase, task, place, address, size in np.frombuffer(done.stdout, np.int32).reshape(-1, 5).tolist():
+            if size == 16:
+                seen[phase, task, place] += 1
+                reads[phase, task // 8, place, seen[phase, task, place]].add(address // 16)
+        return sum(max(Counter(unit % 8 for unit in units).values()) for units in reads.values()), len(reads)
+
+    return count
+
+
+def test_neighbours_read_different_banks(count_wavefronts):
+    """Nearly always; and often not, if what is between two maps were left out."""
+    wavefronts, fewest = count_wavefronts(SOURCE.read_text())
+    assert 2000 < fewest <= wavefronts < 1.1 * fewest  # measured: 3,119 and 2,949
+    for wide, tight in (("148", "144"), ("68]", "64]")):
+        wavefronts, fewest = count_wavefronts(SOURCE.read_text().replace(wide, tight))
+        assert wavefronts > 1.2 * fewest, wide
+
+
 # What is handed over is looked at first
 
 
@@ -322,6 +369,8 @@ def test_tensors_that_will_not_do():
     for wrong in (order.long(), order[:2], order + 4, order - 1):
         with pytest.raises(ValueError, match="order"):
             stack.measure_curvature(images, wrong)
+    with pytest.raises(ValueError, match="of the mean squared error"):
+        stack_of(*NINE[2]).measure_curvature(images, order)
     assert torch.equal(stack.parameters(), before) and stack.presentations == 0
     for wrong in (
         {"dropout": 1.0},
