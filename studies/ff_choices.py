@@ -1,6 +1,6 @@
 """What was each preset of forward_forward.py chosen from? Its numbers beside others, on validation digits.
 
-    python -m studies.ff_choices                                     # `short`: two minutes of one core
+    python -m studies.ff_choices                                     # `short`: three minutes of one core
     python -m studies.ff_choices --configs 'ours*'                   # at full length: a quarter of an hour
     python -m studies.ff_choices --configs 'hinton-lr*' --threads 2  # hours
 
