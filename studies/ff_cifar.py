@@ -335,7 +335,7 @@ USUAL = {
 }  # fmt: skip
 FF = {"method": "ff", "threshold": 1.0, "label_scale": 8.0, "peer": 0.03, "head_lr": 0.1, "lr": 0.01}
 METHODS = {
-    "bp": {**USUAL, "method": "bp", "lr": 0.3, "head_lr": 0.1},
+    "bp": {**USUAL, "method": "bp", "lr": 1.0, "head_lr": 0.1},
     "ff-max": {**USUAL, **FF, "squares": "max"},
     "ff-min": {**USUAL, **FF, "squares": "min"},
 }
@@ -346,7 +346,7 @@ CONFIGS = {
 # what has been run, and where nothing has, the rate for MNIST.
 CHOOSING = {"passes": 4, "validation": 5000}
 TRIED = {
-    "bp": [{"lr": lr} for lr in (0.03, 0.1, 0.3, 1.0)],
+    "bp": [{"lr": lr} for lr in (0.03, 0.1, 0.3, 1.0, 3.0)],
     "ff-max": [{"lr": lr, "label_scale": 8.0} for lr in (0.003, 0.01, 0.03)],
     "ff-min": [{"lr": lr, "label_scale": 8.0} for lr in (0.003, 0.01, 0.03)],
 }
