@@ -13,7 +13,7 @@ those before it:
     python modern.py                                  # change 4, on MNIST where it is available
     python modern.py --change all --seeds 20          # all five, and a figure of them
     python modern.py --train-size 50000 --passes 100  # more data, and more passes over them
-    python modern.py --device cuda --seeds 256        # 256 seeds trained as one computation
+    python modern.py --device cuda --seeds 256        # 256 seeds at once on a GPU
     python modern.py --weights results/modern/mnist-seed1337.npz digit.png    # which digit is that?
 
 The numbers above are Karpathy's; nothing was tuned here. Published results: `softmax` to `more-data-modern`

@@ -7,6 +7,7 @@ and is tested on 2,007 others. A preset settles what the paper leaves open:
     python repro.py --data usps --preset recovered      # fitted to the paper's numbers, on USPS
     python repro.py --data usps --preset literal        # the paper as it is written
     python repro.py --data usps --seeds 100             # a hundred seeds, for error bars
+    python repro.py --data usps --seeds 500 --device cuda   # many at once on a GPU (results/gpu/)
     python repro.py --weights results/repro/mnist-seed1337.npz digit.png    # which digit is that?
 
 Expected last lines of `python repro.py` (MNIST, seed 1337; 5 s on two cores of an AMD EPYC without AVX-512):

@@ -19,6 +19,10 @@ from kernels import build
 # No product and sum may fuse but where the source says so: then a GPU computes the bits of the C build.
 IEEE = ("--fmad=false",)
 FAST = ("--use_fast_math",)
+# From the driver's header, cuda.h: attributes of a device, and of a function
+MULTIPROCESSOR_COUNT, CLOCK_RATE, COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 16, 13, 75, 76
+MAX_SHARED_MEMORY_PER_MULTIPROCESSOR, MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 81, 97
+MAX_DYNAMIC_SHARED_SIZE_BYTES, PREFERRED_SHARED_MEMORY_CARVEOUT = 8, 9
 
 
 class Failed(build.Unavailable):
@@ -44,11 +48,12 @@ class Device:
         name = ctypes.create_string_buffer(256)
         self.call("cuDeviceGetName", name, len(name), self._device)
         self.card = name.value.decode()
-        self.multiprocessors = self._attribute(16)  # the numbers are those of the driver's header, cuda.h
-        self.clocks_a_second = 1000 * self._attribute(13)  # at most
-        self.architecture = 10 * self._attribute(75) + self._attribute(76)
-        self.shared_bytes = self._attribute(97)  # of a block that asks for more than the usual 48 KB
-        self.shared_bytes_in_all = self._attribute(81)  # of a multiprocessor
+        self.multiprocessors = self._attribute(MULTIPROCESSOR_COUNT)
+        self.clocks_a_second = 1000 * self._attribute(CLOCK_RATE)  # at most
+        major, minor = map(self._attribute, (COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR))
+        self.architecture = 10 * major + minor
+        self.shared_bytes_in_all = self._attribute(MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)
+        self.shared_bytes = self._attribute(MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)  # without opting in, 48 KB
 
     def place(self):
         """Where PyTorch's tensors for this GPU belong."""
@@ -93,8 +98,9 @@ class Kernels:
         self._functions = {name: ctypes.c_void_p() for name in names}
         for name, function in self._functions.items():
             device.call("cuModuleGetFunction", ctypes.byref(function), self._module, name.encode())
-            device.call("cuFuncSetAttribute", function, 8, self.shared_bytes)  # more than 48 KB
-            device.call("cuFuncSetAttribute", function, 9, 100)  # percent of the cache, for shared memory
+            most, share = MAX_DYNAMIC_SHARED_SIZE_BYTES, PREFERRED_SHARED_MEMORY_CARVEOUT
+            device.call("cuFuncSetAttribute", function, most, self.shared_bytes)
+            device.call("cuFuncSetAttribute", function, share, 100)  # percent of the cache
 
     def constant(self, name):
         """The value of a constant int of the source."""
@@ -109,7 +115,7 @@ class Kernels:
         """How many blocks of a kernel the whole GPU holds at a time: a wave of replicas."""
         blocks, given = ctypes.c_int(), (self._functions[name], self.threads, self.shared_bytes)
         self.device.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", ctypes.byref(blocks), *given)
-        return blocks.value * self.device.multiprocessors
+        return max(1, blocks.value) * self.device.multiprocessors  # a launch will say why there is none
 
     def launch(self, name, replicas, job):
         """Run a kernel, one block for each replica, on the struct `job`, and wait until all have finished.
@@ -142,14 +148,6 @@ def load_driver():
 # The compiler
 
 
-def has_nvrtc():
-    """Whether a source can be compiled here; that needs no GPU."""
-    try:
-        return bool(load_nvrtc())
-    except build.Unavailable:
-        return False
-
-
 @functools.cache
 def load_nvrtc():
     """NVRTC's library, and its name with the version. Raises build.Unavailable where there is none."""
@@ -178,10 +176,8 @@ def machine_code(source, defines, flags, architecture):
     nvrtc, name = load_nvrtc()
     source = Path(source)
     text = source.read_bytes()
-    # Within a generation, newer chips run older code.
-    known = [
-        each for each in supported_architectures(nvrtc) if architecture // 10 * 10 <= each <= architecture
-    ]
+    oldest = architecture // 10 * 10  # within a generation, newer chips run older code
+    known = [each for each in supported_architectures(nvrtc) if oldest <= each <= architecture]
     if not known:
         card = f"compute capability {architecture / 10}"
         raise build.Unavailable(f"{name} does not compile for {card}: use PyTorch for another CUDA")

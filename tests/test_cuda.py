@@ -34,9 +34,16 @@ from records import run as runs
 from studies import more_data
 
 pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
-needs_nvrtc = pytest.mark.skipif(
-    not cuda.has_nvrtc(), reason="needs NVRTC, which comes with PyTorch for CUDA"
-)
+
+
+def has_nvrtc():
+    try:
+        return bool(cuda.load_nvrtc())
+    except build.Unavailable:
+        return False
+
+
+needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC, which comes with PyTorch for CUDA")
 
 # Each replica adds a number to its own.
 TOY = """
@@ -148,6 +155,19 @@ def test_a_wave_is_what_the_card_holds(card, toy):
     card.multiprocessors = 7
     assert kernels_of(toy).resident_blocks("add") == 3 * 7
     assert kernels_of(toy, threads=1024, shared_bytes=1000).resident_blocks("add") == 2 * 7
+
+
+@pytest.mark.quick
+def test_attributes_have_the_numbers_of_the_drivers_header():
+    header = pytest.importorskip("cuda.bindings.driver", reason="needs NVIDIA's own bindings")
+    of_device = [
+        *("MULTIPROCESSOR_COUNT", "CLOCK_RATE", "COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR"),
+        *("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR", "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+    ]
+    for name in of_device:
+        assert getattr(cuda, name) == getattr(header.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+    for name in ("MAX_DYNAMIC_SHARED_SIZE_BYTES", "PREFERRED_SHARED_MEMORY_CARVEOUT"):
+        assert getattr(cuda, name) == getattr(header.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
 
 
 def test_too_little_shared_memory_is_one_sentence(card, toy):
