@@ -25,14 +25,17 @@ import prepro
 import repro
 import utils
 from kernels.convnet1989 import Convnet1989
-from records import ranks
+from records import figures, ranks
 from records import run as runs
-from studies import common
+from records.tables import read_runs
+from studies import common, many_seeds_page
 
 torch = utils.Lazy("torch")
 
+PAGE = utils.ROOT / "results" / "many_seeds" / "README.md"
 CONFIGS = {preset: repro.make_config(preset, "usps") for preset in ("recovered", "literal", "karpathy")}
-SMOKE, SMOKE_SEEDS = {"passes": 1, "smoke_digits": 200}, 4
+SMOKE = {"passes": 1, "smoke_digits": 200}
+FEWEST = 5  # seeds of which something can be said
 GROUP = 100  # seeds that are written together: each time, the whole file is written
 WATCHED = 500  # test digits on which the units are watched
 
@@ -101,6 +104,32 @@ def train_missing(run, seeds, splits, engine, threads, quiet):
     runs.in_parallel(job, groups, threads, total, quiet)
 
 
+def read_presets(folder):
+    """preset -> its Run, of the presets that are on disk."""
+    found = read_runs(folder)
+    return {preset: found[preset] for preset in CONFIGS if preset in found}
+
+
+def tables(folder=PAGE.parent):
+    """The page's tables by the names of their markers, from the runs in a folder."""
+    return many_seeds_page.tables_of(read_presets(folder))
+
+
+def plot(folder, splits):
+    """misses.png: histograms; missed_by_all.png and missed_in_training.png: the digits themselves."""
+    found = read_presets(folder)
+    figures.save(many_seeds_page.plot_histograms(found), folder / "misses.png")
+    name, run = next(iter(found.items()))
+    for split, share, words, file in (
+        ("test", 1, "test digits that every network misses", "missed_by_all.png"),
+        ("train", 0.5, "training digits that half of the networks or more miss", "missed_in_training.png"),
+    ):
+        images, labels = splits[split]
+        title = f"{name}, {len(run.records):,} networks: {words}"
+        digits = images[:, 0, 2:-2, 2:-2], labels
+        figures.save(many_seeds_page.plot_missed(run, split, *digits, share, title), folder / file)
+
+
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("many_seeds", __doc__, seed=1000, seeds=1000)
@@ -108,11 +137,13 @@ def main(argv=None):
     parser.add_argument("--preset", default="all", choices=("all", *CONFIGS), help=text)
     args = common.parse(parser, argv)
     common.refuse(parser, args, "device", "again")
+    if args.seeds < FEWEST:
+        raise utils.BadRequest(f"--seeds {args.seeds}: the page shows distributions; train {FEWEST} or more")
     presets = CONFIGS if args.preset == "all" else (args.preset,)
     digits = prepro.load_digits("usps", None, args.data_root)
     smoke = SMOKE if args.smoke else {}
     splits = repro.border_splits(digits, smoke.get("smoke_digits"))
-    seeds = range(args.seed, args.seed + (min(args.seeds, SMOKE_SEEDS) if args.smoke else args.seeds))
+    seeds = range(args.seed, args.seed + (FEWEST if args.smoke else args.seeds))
     repro.prepare_torch("cpu")
     for preset in presets:
         config = CONFIGS[preset] | smoke
@@ -123,6 +154,8 @@ def main(argv=None):
         path = args.out / f"{preset}.jsonl"
         with runs.open_run(path, "many_seeds", config, digits.sha256(), **facts) as run:
             train_missing(run, seeds, splits, engine, threads, args.quiet)
+    plot(args.out, splits)
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":
