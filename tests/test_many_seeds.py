@@ -208,7 +208,7 @@ def test_idle_units_are_counted(preset, splits):
     parameters.H3b[1] = -5
     parameters.H3b[2] = np.arctanh(0.85) * slope  # ... and one not quite there
     assert many_seeds.count_idle(parameters, config, images) == ([2, 1, 3], 1)
-    # A unit is idle if its standard deviation is below a tenth of the range. Bisection finds weights for that.
+    # Bisection finds the weights at which the standard deviation is a tenth of the range.
     inputs = hidden(parameters, config, images)
     direction, mean = generator.normal(0, 1, 192), inputs.mean(axis=0)
     direction -= mean * (direction @ mean) / (mean @ mean)  # so that its sum is 0 on average
