@@ -21,7 +21,8 @@ NUMBERS = {  # a key of the records -> its name, its format, and its unit
 }
 PAPER = utils.reference("lecun1989")
 PUBLISHED = {key: t.published({**PAPER["result"], **PAPER["rejection"]}[key]) for key in NUMBERS}
-FIRST = 100  # the seeds of results/repro, which predict the others
+HUNDRED = 100  # seeds of each preset that results/repro had already, from
+KNOWN = {"recovered": 1000, "literal": 1000, "karpathy": 1337}
 PAIRS = (  # of which correlations are shown
     ("train_misses", "test_misses"),
     ("train_loss", "test_misses"),
@@ -111,6 +112,7 @@ def columns(run):
     """key -> its values over seeds (n, ...), in the order of seeds; losses as the paper prints them."""
     own = [run.records[seed][0] for seed in sorted(run.records)]
     found = {key: np.array([record[key] for record in own]) for key in own[0]}
+    found["known"] = KNOWN[run.name]
     halved = [each["run"] for each in PAPER["result"]["runs"] if each.get("squared_error") == "half"]
     if run.name in [each.get("preset") for each in halved]:
         found |= {key: found[key] / 2 for key in ("train_loss", "test_loss")}
@@ -150,11 +152,11 @@ def share_text(k, n):
 
 
 def by_number(data, head, describe):
-    """A table with a row for each preset and number, `describe(key, values, form, unit)` in its cells."""
+    """A table with a row for each preset and number, `describe(own, key, form, unit)` in its cells."""
     rows = []
     for preset, own in data.items():
         for key, (words, form, unit) in NUMBERS.items():
-            rows.append((preset, words, *describe(key, own[key], form, unit), f"{len(own[key]):,}"))
+            rows.append((preset, words, *describe(own, key, form, unit), f"{len(own[key]):,}"))
     return t.markdown_table(("preset", "number", *head, "n"), rows, left=2)
 
 
@@ -168,8 +170,8 @@ def by_preset(data, describe):
 def published_table(data):
     """Where each published number lies among the seeds."""
 
-    def describe(key, values, form, unit):
-        low, high = as_printed(PUBLISHED[key])
+    def describe(own, key, form, unit):
+        values, (low, high) = own[key], as_printed(PUBLISHED[key])
         below, above, n = int((values < low).sum()), int((values > high).sum()), len(values)
         shown = f"{PUBLISHED[key]:{form}}" if "loss" in key else f"{PUBLISHED[key]}{unit}"
         return shown, *(share_text(k, n) for k in (below, n - below - above, above))
@@ -180,7 +182,8 @@ def published_table(data):
 def spread_table(data):
     """Mean, extremes and shape of every number."""
 
-    def describe(key, values, form, unit):
+    def describe(own, key, form, unit):
+        values = own[key]
         z = standardise(values)
         skew, kurtosis = shape(values)
         ends = [f"{end:{form if 'loss' in key else '.3g'}}{unit}" for end in (values.min(), values.max())]
@@ -192,23 +195,31 @@ def spread_table(data):
 
 
 def hundred_table(data):
-    """What the first hundred seeds said of the others, and how far hundreds of seeds can be trusted."""
+    """What the hundred seeds of results/repro said of the others, and how far any hundred can be trusted."""
 
-    def describe(key, values, form, unit):
-        first, others = values[:FIRST].tolist(), values[FIRST:].tolist()
-        low, high = t.prediction_interval(first)
-        held = sum(low <= value <= high for value in others)
-        mean, sd = statistics.fmean(first), statistics.stdev(first)
-        reach = NORMAL.inv_cdf(0.5 ** (1 / len(values))) * sd  # to the median of the highest of so many
-        whole = [values[i : i + FIRST].tolist() for i in range(0, len(values) - FIRST + 1, FIRST)]
+    def describe(own, key, form, unit):
+        values = own[key]
+        whole = [values[i : i + HUNDRED].tolist() for i in range(0, len(values) - HUNDRED + 1, HUNDRED)]
         right = sum(low <= values.mean() <= high for low, high in map(t.confidence_interval, whole))
+        known = (own["seed"] >= own["known"]) & (own["seed"] < own["known"] + HUNDRED)
+        hundred, others = values[known].tolist(), values[~known].tolist()
+        if len(hundred) < 2 or len(others) < 2:
+            return *["-"] * 6, f"{values.min():{form}} to {values.max():{form}}{unit}"
+        low, high = t.prediction_interval(hundred)
+        inside = sum(low <= value <= high for value in others) / len(others)
+        mean, sd = statistics.fmean(hundred), statistics.stdev(hundred)
+        off = (mean - statistics.fmean(others)) / (statistics.stdev(others) / math.sqrt(len(hundred)))
+        reach = NORMAL.inv_cdf(0.5 ** (1 / len(values))) * sd  # to the median of the highest of so many
         ends = (mean - reach, mean + reach), (values.min(), values.max())
-        texts = [f"{low:{form}} to {high:{form}}{unit}" for low, high in ends]
-        summaries = [t.mean_sd(own, form, unit) if own else "-" for own in (first, others)]
-        share = f"{100 * held / max(1, len(others)):.1f}%"
-        return *summaries, share, f"{right} of {len(whole)}", *texts
+        return (
+            *(t.mean_sd(each, form, unit) for each in (hundred, others)),
+            f"{off:+.1f}",
+            f"{100 * inside:.1f}%",
+            f"{right} of {len(whole)}",
+            *(f"{low:{form}} to {high:{form}}{unit}" for low, high in ends),
+        )
 
-    head = "first 100", "the others", "inside its 95% interval", "hundreds right about the mean"
+    head = "the hundred", "the others", "off by (standard errors)", "inside", "hundreds right about the mean"
     return by_number(data, (*head, "extremes predicted", "extremes seen"), describe)
 
 
@@ -253,7 +264,7 @@ def digits_table(data, runs):
         misses, grouped = data[preset]["test_misses"], wrong_answers(runs[preset], "test")
         counts, networks = together(grouped)
         p = counts.sum(axis=1) / networks
-        votes = [vote_misses(*group) for group in grouped if group[1] == FIRST]
+        votes = [vote_misses(*group) for group in grouped if group[1] == HUNDRED]
         vote = vote_misses(counts, networks)
         return {
             "networks": f"{networks:,}",

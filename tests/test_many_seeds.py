@@ -308,18 +308,23 @@ def test_a_vote_and_independent_digits():
 
 @pytest.mark.quick
 def test_what_a_hundred_normal_seeds_say():
-    """Of normal values, the interval of the first hundred holds 95% of the others, and so do the groups'."""
-    values = np.random.default_rng(4).normal(100, 5, 10_000)
-    data = {"recovered": {key: values for key in many_seeds_page.NUMBERS}}
+    """The interval of a hundred normal values holds 95% of the others, and the groups' hold the mean."""
+    values, seeds = np.random.default_rng(4).normal(100, 5, 10_000), np.arange(500, 10_500)
+    data = {"karpathy": {"seed": seeds, "known": 1337, **{key: values for key in many_seeds_page.NUMBERS}}}
     row = next(row for row in cells(many_seeds_page.hundred_table(data)) if row[1] == "test misses")
-    assert abs(float(row[4].rstrip("%")) - 95) < 4  # the width of the first hundred's interval varies by 7%
-    right, n = map(int, row[5].split(" of "))
+    assert abs(float(row[5].rstrip("%")) - 95) < 4  # a hundred's standard deviation varies by 7%
+    right, n = map(int, row[6].split(" of "))
     assert n == 100 and 88 <= right <= 100
-    low, high = map(float, row[6].split(" to "))
+    hundred, others = values[837:937], np.delete(values, np.arange(837, 937))
+    assert row[2] == f"{hundred.mean():.1f} ± {hundred.std(ddof=1):.1f}"
+    assert row[3] == f"{others.mean():.1f} ± {others.std(ddof=1):.1f}"
+    assert float(row[4]) == pytest.approx((hundred.mean() - others.mean()) / 0.5, abs=0.1)
     # The highest of 10,000 normal values is 3.81 standard deviations above the mean, in the median.
-    first = values[:100]
-    assert high == pytest.approx(first.mean() + 3.812 * first.std(ddof=1), abs=0.06)
-    assert low == pytest.approx(first.mean() - 3.812 * first.std(ddof=1), abs=0.06)
+    reach = 3.812 * hundred.std(ddof=1)
+    assert list(map(float, row[7].split(" to "))) == pytest.approx(
+        [hundred.mean() - reach, hundred.mean() + reach], abs=0.06
+    )
+    assert row[8] == f"{values.min():.1f} to {values.max():.1f}"
 
 
 def test_the_records_on_disk_are_those_of_repro():
