@@ -119,6 +119,13 @@ def columns(run):
     return found
 
 
+def lost_classes(run):
+    """The seeds that failed, each with the class of which it misses more than half of the test digits."""
+    half = np.array(utils.reference("datasets")["usps"]["test_counts"]) / 2
+    missed = {seed: np.array(own[0]["test_misses_by_class"]) for seed, own in sorted(run.records.items())}
+    return [(seed, int((own / half).argmax())) for seed, own in missed.items() if (own > half).any()]
+
+
 def wrong_answers(run, split):
     """A list of groups of networks, for each how many gave each wrong answer (digits, 10), and its size."""
     n, found = run.config.get("smoke_digits", PAPER["sizes"][f"{split}_digits"]), []
@@ -231,10 +238,7 @@ def failures_table(data, runs):
         own, idle = data[preset], data[preset]["idle"]
         missed, n = own["test_misses_by_class"], len(idle)
         place, digit = np.unravel_index((missed / sizes).argmax(), missed.shape)
-        seed, failed = (
-            sorted(runs[preset].records)[place],
-            int((missed > np.array(sizes) / 2).any(axis=1).sum()),
-        )
+        seed, failed = own["seed"][place], len(lost_classes(runs[preset]))
         return {
             "seeds": f"{n:,}",
             "seeds that miss more than half of a class": f"{failed}: {share_text(failed, n)}",
@@ -246,6 +250,28 @@ def failures_table(data, runs):
         }
 
     return by_preset(data, describe)
+
+
+def lost_table(lost):
+    """The output unit of a class that was not learned, on the training digits of its class."""
+    rows = []
+    for seed, records in sorted(lost.records.items() if lost else ()):
+        for r in records:
+            missed = f"{r['missed']} of {r['digits']}"
+            after = f"{r['passes']} pass{'es' * (r['passes'] > 1)}"
+            rows.append(
+                (
+                    seed,
+                    r["digit"],
+                    f"±{r['target']:g}",
+                    after,
+                    missed,
+                    f"{r['output']:.4f}",
+                    f"{r['slope']:.4f}",
+                )
+            )
+    head = "seed", "class", "targets", "after", "missed", "mean output of its unit", "mean slope"
+    return t.markdown_table(head, rows, left=3)
 
 
 def idle_table(data):
@@ -286,17 +312,19 @@ def digits_table(data, runs):
     return by_preset(data, describe)
 
 
-def correlations_table(data):
-    """Correlations over seeds, with 95% intervals."""
+def correlations_table(data, runs):
+    """Correlations over seeds, with 95% intervals, with and without the seeds that failed."""
 
     def describe(preset):
         own = data[preset] | {"idle_units": data[preset]["idle"][:, 2]}
+        learned = ~np.isin(own["seed"], [seed for seed, _ in lost_classes(runs[preset])])
         facts = {}
-        for pair in PAIRS:
-            words = " and ".join(key.replace("_", " ") for key in pair)
-            same = any(np.ptp(own[key]) == 0 for key in pair)
-            interval = () if same else correlation_interval(*(own[key] for key in pair))
-            facts[words] = "{:+.2f} ({:+.2f} to {:+.2f})".format(*interval) if interval else "-"
+        for chosen, note in ((learned, ""), (np.ones_like(learned), ", failed seeds too")):
+            for pair in PAIRS[: None if not note else 1]:
+                x, y = (own[key][chosen] for key in pair)
+                interval = () if 0 in (np.ptp(x), np.ptp(y)) else correlation_interval(x, y)
+                words = " and ".join(key.replace("_", " ") for key in pair) + note
+                facts[words] = "{:+.2f} ({:+.2f} to {:+.2f})".format(*interval) if interval else "-"
         return facts
 
     return by_preset(data, describe)
@@ -314,17 +342,18 @@ def pairs_table(data):
     return t.markdown_table(head, rows)
 
 
-def tables_of(found):
-    """The page's tables by the names of their markers."""
+def tables_of(found, lost=None):
+    """The page's tables by the names of their markers. `lost` is the Run of the seeds that failed."""
     data = {preset: columns(run) for preset, run in found.items()}
     return {
         "published": published_table(data),
         "spread": spread_table(data),
         "hundred": hundred_table(data),
         "failures": failures_table(data, found),
+        "lost": lost_table(lost),
         "idle": idle_table(data),
         "digits": digits_table(data, found),
-        "correlations": correlations_table(data),
+        "correlations": correlations_table(data, found),
         "pairs": pairs_table(data),
     }
 
@@ -333,13 +362,18 @@ def tables_of(found):
 
 
 def plot_histograms(found):
-    """Test misses of every preset: a histogram beside the normal curve, and again on a logarithmic axis."""
+    """Test misses of every preset: a histogram beside the normal curve, and again on a logarithmic axis.
+
+    The seeds that lost a class are far beyond, and are named instead.
+    """
     figure, axes = figures.subplots(
         len(found), 2, figsize=(10, 1.5 + 2.1 * len(found)), sharex=True, squeeze=False
     )
     value = PUBLISHED["test_misses"]
     for number, ((name, run), row) in enumerate(zip(found.items(), axes)):
-        misses = columns(run)["test_misses"]
+        own, lost = columns(run), dict(lost_classes(run))
+        failed = np.isin(own["seed"], list(lost))
+        misses = own["test_misses"][~failed]
         counts, sd = np.bincount(misses), misses.std() or 1
         seen = np.flatnonzero(counts)
         x = np.linspace(misses.min() - sd, misses.max() + sd, 400)
@@ -353,9 +387,12 @@ def plot_histograms(found):
         row[1].set(yscale="log", ylim=(0.5, None))
         row[1].yaxis.set_major_formatter("{x:g}")
         place = {"transform": row[0].transAxes, "fontsize": "small", "va": "top"}
-        lines = f"{name}, {len(misses):,} seeds", t.mean_sd(misses.tolist(), ".1f")
-        lines += (f"best {misses.min()}, worst {misses.max()}",)
-        row[0].text(0.99, 0.97, "\n".join(lines), ha="right", **place)
+        lines = [f"{name}, {len(own['seed']):,} seeds", t.mean_sd(misses.tolist(), ".1f")]
+        lines.append(f"best {misses.min()}, worst {misses.max()}")
+        if lost:
+            far = ", ".join(map(str, sorted(own["test_misses"][failed])))
+            lines.append(f"and {len(lost)} that lost a class: {far}")
+        row[0].text(1.05, 0.97, "\n".join(lines), ha="right", **place)
         row[0].set(ylabel="seeds")
     axes[0, 0].text(
         value - 0.7,
@@ -374,10 +411,13 @@ def plot_histograms(found):
     return figure
 
 
-def plot_missed(run, split, images, labels, share, title):
+def plot_missed(run, split, images, labels, share):
     """The images (n, 16, 16) that this share of the networks or more miss, and what most of them answer."""
     counts, networks = together(wrong_answers(run, split))
     missed = np.flatnonzero(counts.sum(axis=1) >= share * networks)
     captions = [f"{labels[i]} \N{RIGHTWARDS ARROW} {counts[i].argmax()}" for i in missed]
-    title = f"{title} ({len(missed)}): label \N{RIGHTWARDS ARROW} the answer that most gave"
+    title = (
+        f"{split} digits that {share:.0%} or more of {networks:,} networks ({run.name}) miss: {len(missed)}"
+    )
+    title += "\nlabel \N{RIGHTWARDS ARROW} the most common wrong answer"
     return figures.gallery(images[missed], captions, title, columns=12)

@@ -1,5 +1,6 @@
 """many_seeds: the statistics against known distributions, the training against repro.py."""
 
+import functools
 import itertools
 import math
 
@@ -285,6 +286,48 @@ def test_a_seed_fails_that_misses_more_than_half_of_a_class():
     assert rows["the worst class of any seed"] == "81 of 160 5s (seed 1001)"
 
 
+def test_a_lost_class_is_looked_at(splits):
+    images, labels = splits["train"]
+    digit, config = int(labels[labels > 0][0]), repro.make_config("karpathy", "usps")
+    run = made_up([{}, {"test_misses_by_class": [0] * digit + [150] + [0] * (9 - digit)}])
+    run.config = config
+    assert many_seeds_page.lost_classes(run) == [(1001, digit)]
+    engines = functools.partial(repro.pick_engine, "torch", "cpu")
+    small = {split: (images[:20], labels[:20]) for split in splits}
+    found = many_seeds.look_at_lost_classes(run, {1001}, small, engines)
+    assert list(found) == [1001] and many_seeds.look_at_lost_classes(run, set(), small, engines) == {}
+    seen = [(record["target"], record["passes"]) for record in found[1001]]
+    assert seen == [(1.0, 1), (1.0, 23), (0.9, 1), (0.9, 23)]
+    for record in found[1001]:
+        changed = config | {"target": record["target"], "passes": record["passes"]}
+        _, parameters = repro.train(changed, 1001, small, engines(changed))
+        outputs = engines(changed).compute_outputs(parameters, small["train"][0])[labels[:20] == digit]
+        assert record["digits"] == len(outputs) > 0 and record["digit"] == digit
+        assert record["missed"] == (outputs.argmax(axis=1) != digit).sum()
+        assert record["output"] == pytest.approx(outputs[:, digit].mean(), rel=1e-5)
+        # The slope of tanh where its value is the output, by central differences
+        sums = np.arctanh(outputs[:, digit].astype(float))
+        slope = (np.tanh(sums + 1e-5) - np.tanh(sums - 1e-5)) / 2e-5
+        assert record["slope"] == pytest.approx(slope.mean(), rel=1e-3)
+    lines = cells(many_seeds_page.lost_table(type("Run", (), {"records": found})))
+    assert len(lines) == 2 + 4 and lines[2][:4] == ["1001", str(digit), "±1", "1 pass"]
+
+
+@pytest.mark.quick
+def test_correlations_with_and_without_failed_seeds():
+    rng = np.random.default_rng(6)
+    train, test = rng.normal(20, 3, 200).round(), rng.normal(100, 6, 200).round()
+    records = [{"train_misses": int(a), "test_misses": int(b)} for a, b in zip(train, test)]
+    records[7] |= {"train_misses": 700, "test_misses": 260, "test_misses_by_class": [0, 0, 199] + [0] * 7}
+    run = made_up(records)
+    data = {"recovered": many_seeds_page.columns(run)}
+    rows = dict(cells(many_seeds_page.correlations_table(data, {"recovered": run})))
+    kept = np.arange(200) != 7
+    r = np.corrcoef(train[kept], test[kept])[0, 1]
+    assert rows["train misses and test misses"].startswith(f"{r:+.2f} (") and abs(r) < 0.2
+    assert float(rows["train misses and test misses, failed seeds too"].split()[0]) > 0.8
+
+
 @pytest.mark.quick
 def test_a_vote_and_independent_digits():
     """Three networks and four digits: a vote misses a digit if no answer has more votes than a wrong one."""
@@ -358,7 +401,7 @@ def test_smoke_runs(usps_root, tmp_path):
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.glob("*.png")} == {
         "misses.png",
-        "missed_by_all.png",
+        "missed.png",
         "missed_in_training.png",
     }
     assert "| literal | test misses | 102 |" in done.stdout and done.stderr == ""
