@@ -391,18 +391,11 @@ def plot_histograms(found):
         lines.append(f"best {misses.min()}, worst {misses.max()}")
         if lost:
             far = ", ".join(map(str, sorted(own["test_misses"][failed])))
-            lines.append(f"and {len(lost)} that lost a class: {far}")
-        row[0].text(1.05, 0.97, "\n".join(lines), ha="right", **place)
+            lines += [f"and {len(lost)} that lost", f"a class: {far}"]
+        row[0].text(0.01, 0.97, "\n".join(lines), **place)
         row[0].set(ylabel="seeds")
-    axes[0, 0].text(
-        value - 0.7,
-        axes[0, 0].get_ylim()[1],
-        f"1989: {value}",
-        ha="right",
-        va="top",
-        color="0.4",
-        fontsize="small",
-    )
+    where = {"transform": axes[0, 1].get_xaxis_transform(), "fontsize": "small", "ha": "right", "va": "top"}
+    axes[0, 1].text(value - 1, 0.97, f"1989: {value}", color="0.4", **where)
     axes[0, 0].set_title("The network of 1989, trained from other initial weights each time")
     axes[0, 1].set_title("the same on a logarithmic axis, to see the tails")
     axes[0, 1].legend(fontsize="small", loc="upper right")
