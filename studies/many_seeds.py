@@ -39,7 +39,7 @@ CONFIGS = {preset: repro.make_config(preset, "usps") for preset in ("recovered",
 SMOKE = {"passes": 1, "smoke_digits": 200}
 FEWEST = 5  # seeds of which something can be said
 GROUP = 100  # seeds that are written together: each time, the whole file is written
-SMALLER_TARGET, LOOKED_AFTER = 0.9, (1, 23)  # how the seeds that failed are trained again
+SMALLER_TARGET = 0.9  # with which the seeds that failed are trained again
 WATCHED = 500  # test digits on which the units are watched
 
 
@@ -107,33 +107,36 @@ def train_missing(run, seeds, splits, engine, threads, quiet):
     runs.in_parallel(job, groups, threads, total, quiet)
 
 
-def look_at_lost_classes(run, seeds, splits, engine_of):
-    """Train seeds that failed again, and watch the output unit of the class that they do not learn.
+def look_at_lost_class(config, seed, digit, splits, engine_of, progress=lambda n: None):
+    """Train a seed that failed again, and watch the output unit of the class that it does not learn.
 
-    Returns seed -> records: of the training digits of the class, how many are missed, and the mean output and
-    mean slope of their own unit, with the target of the config and with a smaller one.
+    Returns records: how many of the class's training digits are missed, and the mean output and mean slope of
+    its unit on them, after one pass and after all, with the targets of the config and with smaller ones. The
+    slope is that of tanh.
     """
-    images, labels = splits["train"]
-    found = {}
-    for seed, digit in many_seeds_page.lost_classes(run):
-        if seed not in seeds:
-            continue
-        found[seed] = []
-        for target, passes in itertools.product((run.config["target"], SMALLER_TARGET), LOOKED_AFTER):
-            config = run.config | {"target": target, "passes": passes}
-            engine = engine_of(config)
-            _, parameters = repro.train(config, seed, splits, engine, every_pass=False)
-            own = engine.compute_outputs(parameters, images[labels == digit])
-            output, missed = own[:, digit].astype(float), int((own.argmax(axis=1) != digit).sum())
-            record = {
-                "target": target,
-                "passes": passes,
-                "digit": digit,
-                "missed": missed,
-                "digits": len(own),
-            }
-            found[seed].append(record | {"output": output.mean(), "slope": (1 - output**2).mean()})
-    return found
+    (images, labels), records = splits["train"], []
+    for target, passes in itertools.product((config["target"], SMALLER_TARGET), (1, config["passes"])):
+        changed = config | {"target": target, "passes": passes}
+        engine = engine_of(changed)
+        _, parameters = repro.train(changed, seed, splits, engine, progress, every_pass=False)
+        outputs = engine.compute_outputs(parameters, images[labels == digit])
+        own, missed = outputs[:, digit].astype(float), int((outputs.argmax(axis=1) != digit).sum())
+        record = {"target": target, "passes": passes, "digit": digit, "missed": missed, "digits": len(own)}
+        records.append(record | {"output": own.mean(), "slope": (1 - own**2).mean()})
+    return records
+
+
+def look_at_lost_classes(run, watched, splits, engine_of, threads, quiet):
+    """Add to the Run `watched` the seeds of `run` that lost a class, if it has not got them."""
+    lost = ranks.agree([own for own in many_seeds_page.lost_classes(run) if own[0] not in watched.records])
+
+    def job(own, progress):
+        started = time.perf_counter()
+        records = look_at_lost_class(run.config, *own, splits, engine_of, progress)
+        watched.add({own[0]: records}, time.perf_counter() - started)
+
+    total = len(lost) * 2 * (1 + run.config["passes"]) * len(splits["train"][1])
+    runs.in_parallel(job, lost, threads, total, quiet)
 
 
 def read_presets(folder):
@@ -174,24 +177,20 @@ def main(argv=None):
     splits = repro.border_splits(digits, smoke.get("smoke_digits"))
     seeds = range(args.seed, args.seed + (FEWEST if args.smoke else args.seeds))
     repro.prepare_torch("cpu")
+    engine_of = functools.partial(repro.pick_engine, args.engine, "cpu")
     for preset in presets:
         config = CONFIGS[preset] | smoke
-        engine = repro.pick_engine(args.engine, "cpu", config)
+        engine = engine_of(config)
         in_c = isinstance(engine, Convnet1989)
         threads = args.threads if in_c else 1
         facts = {"threads": threads, "engine": "c" if in_c else "torch", "device": "cpu"}
         path = args.out / f"{preset}.jsonl"
         with runs.open_run(path, "many_seeds", config, digits.sha256(), **facts) as run:
             train_missing(run, seeds, splits, engine, threads, args.quiet)
-        if preset == "karpathy":  # tanh as it is: another slope would be wrong for the scaled one
-            lost = args.out / "karpathy-lost.jsonl"
-            with runs.open_run(lost, "many_seeds", config, digits.sha256(), **facts) as watched:
-                if look := set(dict(many_seeds_page.lost_classes(run))) - set(watched.records):
-                    started = time.perf_counter()
-                    own = look_at_lost_classes(
-                        run, look, splits, functools.partial(repro.pick_engine, args.engine, "cpu")
-                    )
-                    watched.add(own, time.perf_counter() - started)
+            if preset == "karpathy":  # no seed of the others has failed
+                lost = args.out / "karpathy-lost.jsonl"
+                with runs.open_run(lost, "many_seeds", config, digits.sha256(), **facts) as watched:
+                    look_at_lost_classes(run, watched, splits, engine_of, threads, args.quiet)
     plot(args.out, splits)
     common.show(args, PAGE, tables(args.out))
 

@@ -286,7 +286,7 @@ def test_a_seed_fails_that_misses_more_than_half_of_a_class():
     assert rows["the worst class of any seed"] == "81 of 160 5s (seed 1001)"
 
 
-def test_a_lost_class_is_looked_at(splits):
+def test_a_lost_class_is_looked_at(splits, tmp_path, monkeypatch):
     images, labels = splits["train"]
     digit, config = int(labels[labels > 0][0]), repro.make_config("karpathy", "usps")
     run = made_up([{}, {"test_misses_by_class": [0] * digit + [150] + [0] * (9 - digit)}])
@@ -294,8 +294,13 @@ def test_a_lost_class_is_looked_at(splits):
     assert many_seeds_page.lost_classes(run) == [(1001, digit)]
     engines = functools.partial(repro.pick_engine, "torch", "cpu")
     small = {split: (images[:20], labels[:20]) for split in splits}
-    found = many_seeds.look_at_lost_classes(run, {1001}, small, engines)
-    assert list(found) == [1001] and many_seeds.look_at_lost_classes(run, set(), small, engines) == {}
+    path = tmp_path / "karpathy-lost.jsonl"
+    for _ in range(2):  # the second time, nothing is left to do
+        with runs.open_run(path, "many_seeds", config, "") as watched:
+            many_seeds.look_at_lost_classes(run, watched, small, engines, 1, True)
+        monkeypatch.setattr(many_seeds, "look_at_lost_class", None)
+    found = runs.read_run(path).records
+    assert list(found) == [1001]
     seen = [(record["target"], record["passes"]) for record in found[1001]]
     assert seen == [(1.0, 1), (1.0, 23), (0.9, 1), (0.9, 23)]
     for record in found[1001]:
