@@ -1,19 +1,20 @@
-"""What ten thousand seeds show that a hundred cannot: the tails of the network of 1989.
+"""What thousands of seeds show that a hundred cannot: the tails of the network of 1989.
 
-    python -m studies.many_seeds --preset recovered --seeds 10000    # 80 minutes on two cores
+    python -m studies.many_seeds --preset recovered --seeds 10000    # 100 minutes on two cores
     python -m studies.many_seeds                                     # every preset, 1,000 seeds each
 
 Published (`result` and `rejection` in reference/lecun1989.toml): one network, which misses 10 of 7,291
 training digits and 102 of 2,007 test digits. `repro.py` trains it on USPS, from other initial weights for
 each seed. The first hundred seeds of `recovered` and `literal` here are those of results/repro/, and have the
-same bits. The page lists what we expected and what would refute it, written before the first seed was
-trained.
+same bits. The page lists what we expected and what would refute it; that was written before the first seed
+was trained.
 
 Only the last pass is evaluated. A file has one record per seed: loss and misses of both splits, test misses
 by class, the share of the test digits to be rejected for 1% error, and how many units are idle. The first
 seed of each group that was trained together has another record for each split: the wrong answers that the
 `seeds` networks of the group gave, each as [digit, answer, number of networks]. Training is on a CPU, in C
-where it can be compiled: --device is refused, and --again, too.
+where it can be compiled: --device is refused, and --again, too. Seeds of `karpathy` that lost a class are
+trained again, to see why.
 """
 
 import functools
