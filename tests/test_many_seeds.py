@@ -292,7 +292,7 @@ def test_a_lost_class_is_looked_at(splits, tmp_path, monkeypatch):
     run = made_up([{}, {"test_misses_by_class": [0] * digit + [150] + [0] * (9 - digit)}])
     run.config = config
     assert many_seeds_page.lost_classes(run) == [(1001, digit)]
-    engines = functools.partial(repro.pick_engine, "torch", "cpu")
+    engines = functools.partial(repro.pick_engine, "auto", "cpu")
     small = {split: (images[:20], labels[:20]) for split in splits}
     path = tmp_path / "karpathy-lost.jsonl"
     for _ in range(2):  # the second time, nothing is left to do
