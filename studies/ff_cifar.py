@@ -337,7 +337,7 @@ FF = {"method": "ff", "threshold": 1.0, "label_scale": 8.0, "peer": 0.03, "head_
 METHODS = {
     "bp": {**USUAL, "method": "bp", "lr": 1.0, "head_lr": 0.1},
     "ff-max": {**USUAL, **FF, "squares": "max"},
-    "ff-min": {**USUAL, **FF, "squares": "min"},
+    "ff-min": {**USUAL, **FF, "squares": "min", "lr": 0.003},
 }
 CONFIGS = {
     f"{name}-{layers}": {**own, "layers": layers} for layers in (2, 3) for name, own in METHODS.items()
