@@ -284,6 +284,9 @@ def test_a_seed_fails_that_misses_more_than_half_of_a_class():
     )
     assert rows["seeds that miss more than half of a class"].startswith("1: 33.3%")
     assert rows["the worst class of any seed"] == "81 of 160 5s (seed 1001)"
+    # A class is not lost where more digits are missed, of a class of more than twice as many (359 zeros).
+    run = made_up([{"test_misses_by_class": [170] + [0] * 4 + [half + 1] + [0] * 4}])
+    assert many_seeds_page.lost_classes(run) == [(1000, 5)]
 
 
 def test_a_lost_class_is_looked_at(splits, tmp_path, monkeypatch):
