@@ -337,13 +337,12 @@ FF = {"method": "ff", "threshold": 1.0, "label_scale": 8.0, "peer": 0.03, "head_
 METHODS = {
     "bp": {**USUAL, "method": "bp", "lr": 1.0, "head_lr": 0.1},
     "ff-max": {**USUAL, **FF, "squares": "max"},
-    "ff-min": {**USUAL, **FF, "squares": "min", "lr": 0.003},
+    "ff-min": {**USUAL, **FF, "squares": "min"},
 }
 CONFIGS = {
     f"{name}-{layers}": {**own, "layers": layers} for layers in (2, 3) for name, own in METHODS.items()
 }
-# What is tried, with two layers, to choose the learning rates of METHODS by. So far these are the best of
-# what has been run, and where nothing has, the rate for MNIST.
+# What was tried, with two layers, to choose the learning rates of METHODS by.
 CHOOSING = {"passes": 4, "validation": 5000}
 TRIED = {
     "bp": [{"lr": lr} for lr in (0.03, 0.1, 0.3, 1.0, 3.0)],

@@ -37,6 +37,7 @@ torch = utils.Lazy("torch")
 
 PAGE = utils.ROOT / "results" / "many_seeds" / "README.md"
 CONFIGS = {preset: repro.make_config(preset, "usps") for preset in ("recovered", "literal", "karpathy")}
+CLOSER = {"karpathy-lost": CONFIGS["karpathy"]}  # seeds that are trained again, to look into them
 SMOKE = {"passes": 1, "smoke_digits": 200}
 FEWEST = 5  # seeds of which something can be said
 GROUP = 100  # seeds that are written together: each time, the whole file is written

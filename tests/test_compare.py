@@ -589,7 +589,7 @@ def test_committed_runs_are_of_the_configs_that_they_are_named_after():
             study = compare.importlib.import_module(f"studies.{run.script}")
             configs = getattr(study, "CONFIGS", None)
             if configs is not None:
-                configs = configs | getattr(study, "CHOICES", {})  # by which learning rates were chosen
+                configs = configs | getattr(study, "CHOICES", {}) | getattr(study, "CLOSER", {})
                 assert run.name in configs, f"{place}: the study has no config of this name"
                 assert run.config == json.loads(json.dumps(configs[run.name])), f"{place} is stale"
         else:
