@@ -212,7 +212,7 @@ def test_a_late_rank_and_messages_longer_than_the_store_takes(limits, fork, tmp_
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_ranks_is_one_sentence_and_keeps_what_has_finished(number, fork, tmp_path):
-    own = fork(2, "--seeds", 500, "--pause", 0.002, "--threads", 1, "--out", tmp_path / "out")
+    own = fork(2, "--seeds", 500, "--pause", 0.02, "--threads", 1, "--out", tmp_path / "out")
     seen = set()
     while not {0, 1, 2, 3} <= seen:  # of both ranks
         time.sleep(0.02)
@@ -227,7 +227,7 @@ def test_a_signal_to_all_ranks_is_one_sentence_and_keeps_what_has_finished(numbe
 
 def test_rank_0_is_killed(fork, tmp_path):
     """The others notice it by themselves, and one of them says so."""
-    own = fork(3, "--seeds", 500, "--pause", 0.002, "--threads", 1, "--out", tmp_path / "out", patience=1)
+    own = fork(3, "--seeds", 500, "--pause", 0.02, "--threads", 1, "--out", tmp_path / "out", patience=1)
     while not seeds_in(tmp_path / "out" / "config0.jsonl"):
         time.sleep(0.02)
     own.processes[0].kill()
@@ -238,7 +238,7 @@ def test_rank_0_is_killed(fork, tmp_path):
 
 def test_a_rank_on_another_machine_is_killed(fork, tmp_path):
     """torchrun may not notice it there, so that rank 0 has to."""
-    own = fork(2, "--seeds", 500, "--pause", 0.002, "--threads", 1, "--out", tmp_path / "out", patience=1)
+    own = fork(2, "--seeds", 500, "--pause", 0.02, "--threads", 1, "--out", tmp_path / "out", patience=1)
     while len(seeds_in(tmp_path / "out" / "config0.jsonl")) < 4:
         time.sleep(0.02)
     own.processes[1].kill()
@@ -250,7 +250,7 @@ def test_a_rank_on_another_machine_is_killed(fork, tmp_path):
 
 def test_the_store_is_lost(fork, tmp_path):
     """As it is where the machine of rank 0 has died: the ranks on another machine end."""
-    own = fork(2, "--seeds", 500, "--pause", 0.002, "--threads", 1, "--out", tmp_path / "out")
+    own = fork(2, "--seeds", 500, "--pause", 0.02, "--threads", 1, "--out", tmp_path / "out")
     while not seeds_in(tmp_path / "out" / "config0.jsonl"):
         time.sleep(0.02)
     own.store = None
