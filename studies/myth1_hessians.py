@@ -243,6 +243,7 @@ def main(argv=None):
     parser = common.study_flags("myth1_hessians", __doc__, seeds=3)
     args = common.parse(parser, argv)
     common.refuse(parser, args, "device")
+    args.threads = 1  # what is timed runs alone, and forward-mode differentiation is not made for threads
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # PyTorch's own
     small = {name: SMOKE[name == "layer"] if args.smoke else {} for name in CONFIGS}
