@@ -164,6 +164,7 @@ class Ranks:
             self.processes[-1].start()
 
     def run(self, rank, count, function, words, patience, piece):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started pytest may have it ignored
         for number, name in (1, "stdout"), (2, "stderr"):
             os.dup2(os.open(self.folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
