@@ -549,16 +549,8 @@ def ff_table(runs, page):
     names |= {"all-softmax": "all and softmax", "shifted": "shifted"}  # which the first runs do not have
     logged = {way for run in own for record in run.final("test") for way in record["errors"]}
     names = {way: name for way, name in names.items() if way in logged}
-    head = (
-        "run",
-        "layers",
-        "passes",
-        "pixels moved",
-        "seeds",
-        *names.values(),
-        "train error",
-        "seconds a seed",
-    )
+    setting = "run", "layers", "passes", "pixels moved", "seeds"
+    head = *setting, *names.values(), "train error", "seconds a seed"
     rows = []
     for run in own:
         config, last = run.config, run.final("test")

@@ -184,9 +184,8 @@ def per_spread(logits):
 
 READ_OUTS = {  # from what a look finds: the label with the highest value is the answer
     "all": lambda layers, softmax: layers.sum(dim=0),
-    "skip-first": lambda layers, softmax: layers[len(layers) > 1 :].sum(
-        dim=0
-    ),  # as Hinton; a single one counts
+    # as Hinton reads his; a single layer counts
+    "skip-first": lambda layers, softmax: layers[len(layers) > 1 :].sum(dim=0),
     "softmax": lambda layers, softmax: softmax,
     "all-softmax": lambda layers, softmax: per_spread(layers.sum(dim=0)) + per_spread(softmax),
     "shifted": None,  # `all`, averaged over SHIFTS of the image

@@ -260,9 +260,8 @@ def learning_rates(engine, parameters, images, config, seed, number):
     """The learning rate of pass `number`: a number for SGD, eight arrays eta / (mu + curvature) for SDLM."""
     if config["optimizer"] == "sgd":
         return config["lr"]
-    diagonal = engine.measure_curvature(
-        parameters, images[digits_of_curvature(len(images), config, seed, number)]
-    )
+    chosen = digits_of_curvature(len(images), config, seed, number)
+    diagonal = engine.measure_curvature(parameters, images[chosen])
     with np.errstate(over="ignore"):  # an infinite rate is noticed later, in the weights
         eta, mu = np.float32(config["eta"]), np.float32(config["mu"])
         return [eta / (mu + curvature) for curvature in diagonal]

@@ -35,9 +35,9 @@ def read_digit(path, data, side=16):
     if data == "usps":
         return normalise(torch.from_numpy(ink)[None])[0].numpy() / 2 + 0.5, how
     digit = fit(ink)
-    return digit / 255 if side == 28 else prepro.shrink(torch.from_numpy(digit)[None])[
-        0
-    ].numpy() / 2 + 0.5, how
+    if side == 28:
+        return digit / 255, how
+    return prepro.shrink(torch.from_numpy(digit)[None])[0].numpy() / 2 + 0.5, how
 
 
 def read_grey(path):

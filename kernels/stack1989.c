@@ -394,21 +394,28 @@ INLINE void backward_loss(struct memory *s, const struct replica *r) {
     BARRIER;
 }
 
+// The sum of d (the errors of the units that read a unit), each times its weight; then the weights learn.
+// `x` is the unit's activity; weights and d come in pairs, and so do the extras, which are `stride` pairs apart.
+INLINE float backward_unit(const struct replica *r, float x, float *weights, const float *d, struct two *extra,
+                           int pairs, int stride) {
+    float sum = 0, w[2], e[2];
+    UNROLL for (int i = 0; i < pairs; i++) {
+        read(w, weights + 2 * i, 2, 2);
+        read(e, d + 2 * i, 2, 2);
+        sum = fmaf(power(w[1]), e[1], fmaf(power(w[0]), e[0], sum));
+        const float gradient[2] = {power(x) * e[0], power(x) * e[1]};
+        learn(r, weights + 2 * i, extra[stride * i].x, gradient, 2);
+    }
+    return sum;
+}
+
 // A task is a unit of H3, with the weights that read it.
 INLINE void backward_outputs(struct memory *s, const struct replica *r) {
     EACH(k, 30) {
-        const float x = power(s->h3[k]);
-        float sum = 0, w[2], d[2];
-        UNROLL for (int i = 0; i < 5; i++) {
-            read(w, &s->net.outw[k][2 * i], 2, 2);
-            read(d, &s->d[2 * i], 2, 2);
-            sum = fmaf(power(w[1]), d[1], fmaf(power(w[0]), d[0], sum));
-            const float gradient[2] = {x * d[0], x * d[1]};
-            learn(r, &s->net.outw[k][2 * i], r->extra->outw[i][k].x, gradient, 2);
-        }
-        sum *= power(slope(s->h3[k]));
-        s->d3[k] = sum;
-        learn(r, &s->net.H3b[k], &r->extra->H3b[k], &sum, 1);
+        float d = backward_unit(r, s->h3[k], s->net.outw[k], s->d, &r->extra->outw[0][k], 5, 30);
+        d *= power(slope(s->h3[k]));
+        s->d3[k] = d;
+        learn(r, &s->net.H3b[k], &r->extra->H3b[k], &d, 1);
     }
     BARRIER;
 }
@@ -416,18 +423,10 @@ INLINE void backward_outputs(struct memory *s, const struct replica *r) {
 // A task is a unit of H2, with the weights that read it.
 INLINE void backward_H3(struct memory *s, const struct replica *r) {
     EACH(k, 192) {
-        const float x = power(s->h2[k]);
-        float sum = 0, w[2], d[2];
-        UNROLL for (int i = 0; i < 15; i++) {
-            read(w, &s->net.H3w[k][2 * i], 2, 2);
-            read(d, &s->d3[2 * i], 2, 2);
-            sum = fmaf(power(w[1]), d[1], fmaf(power(w[0]), d[0], sum));
-            const float gradient[2] = {x * d[0], x * d[1]};
-            learn(r, &s->net.H3w[k][2 * i], r->extra->H3w[i][k].x, gradient, 2);
-        }
-        sum *= power(s->d2[k]);
-        s->d2[k] = sum;
-        learn(r, &s->net.H2b[k], &r->extra->H2b[k], &sum, 1);
+        float d = backward_unit(r, s->h2[k], s->net.H3w[k], s->d3, &r->extra->H3w[0][k], 15, 192);
+        d *= power(s->d2[k]);
+        s->d2[k] = d;
+        learn(r, &s->net.H2b[k], &r->extra->H2b[k], &d, 1);
     }
     BARRIER;
 }

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from datasets import strokes
-from datasets.pictures import normalise  # noqa: F401 (the page's studies take it from here)
 
 SIDE = 112  # pixels of the page's drawing board, and of a digit of MNIST enlarged four times
 

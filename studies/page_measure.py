@@ -8,6 +8,7 @@ from PIL import Image
 
 import prepro
 import utils
+from datasets import pictures
 from studies import page_digits, page_networks
 from studies.page_browser import (
     chromium,
@@ -40,7 +41,7 @@ def measure(path, parts, data_root):
     usps = prepro.load("usps", data_root=data_root)
     images, labels = prepro.load_whole_mnist(data_root)["test"]
     drawings, drawn = page_digits.drawings(DRAWINGS, DRAWING_SEED)
-    digits = page_digits.in_parts(lambda part: page_digits.normalise(page_digits.bitmaps(part)), images)
+    digits = page_digits.in_parts(lambda part: pictures.normalise(page_digits.bitmaps(part)), images)
     read = {"USPS, the test digits of 1989": in_python(parts, usps.test_images, usps.test_labels)}
     read["MNIST, all test digits, prepared as drawings are"] = in_python(
         parts, digits.numpy(), labels.numpy()

@@ -16,6 +16,7 @@ import modern
 import prepro
 import repro
 import utils
+from datasets import pictures
 from kernels.convnet1989 import SHAPES
 from records import run as runs
 from studies import page_digits
@@ -36,7 +37,7 @@ def prepare(images, ways):
     """Digits (N, 16, 16) of MNIST's images (n, 28, 28), once for each of the ways to put them on a sheet."""
     sets = []
     for way in ways:
-        sets.append(page_digits.in_parts(lambda part, way=way: page_digits.normalise(way(part)), images))
+        sets.append(page_digits.in_parts(lambda part, way=way: pictures.normalise(way(part)), images))
     return torch.cat(sets).numpy()
 
 

@@ -16,7 +16,7 @@ import forward_forward as ff
 import prepro
 import repro
 import utils
-from datasets import strokes
+from datasets import pictures, strokes
 from kernels import build as kernels
 from kernels.convnet1989 import Convnet1989
 from records import run as runs
@@ -219,7 +219,7 @@ def test_drawings_are_prepared_as_in_python(browser):
     side = page_digits.SIDE
     sheets = torch.tensor(sheets).view(-1, side, side)
     assert (sheets.sum(dim=(1, 2)) > 50).all() and sheets.max() == 1
-    assert_allclose(np.array(digits), page_digits.normalise(sheets).flatten(1), atol=1e-4)
+    assert_allclose(np.array(digits), pictures.normalise(sheets).flatten(1), atol=1e-4)
     assert_allclose(np.array(shrunk), 2 * F.avg_pool2d(sheets, side // 16).flatten(1).numpy() - 1, atol=1e-5)
 
 
@@ -239,10 +239,10 @@ def test_normalising_undoes_slant_size_and_place():
             for t in np.linspace(0, 1, 200):
                 middle, row, half = x0 + t * (x1 - x0), round(y0 + t * (y1 - y0)), size / 10
                 ink[row, round(middle - half) : round(middle + half) + 1] = 1
-        bars.append(page_digits.normalise(ink[None])[0])
+        bars.append(pictures.normalise(ink[None])[0])
     for bar in bars:
         assert bar[:, 7:9].mean() > 0.8 and bar[:, :4].max() < -0.9 and bar[:, 12:].max() < -0.9
-    blank = page_digits.normalise(torch.zeros(1, page_digits.SIDE, page_digits.SIDE))
+    blank = pictures.normalise(torch.zeros(1, page_digits.SIDE, page_digits.SIDE))
     assert (blank == -1).all()
 
 
@@ -355,7 +355,7 @@ def test_mnist_test_digits_are_read_through_the_page(browser, mnist_root, parts)
     images, labels = prepro.load_whole_mnist()["test"]
     bitmaps = page_digits.bitmaps(images[:200])
     answers, digits = page_browser.read_bitmaps(browser, bitmaps.numpy())
-    expected = page_digits.normalise(bitmaps)
+    expected = pictures.normalise(bitmaps)
     assert_allclose(digits, expected.flatten(1), atol=1e-4)
     assert (answers[:, 1] == labels[:200].numpy()).mean() >= 0.95
     assert (
