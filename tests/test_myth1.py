@@ -218,7 +218,7 @@ def test_what_is_committed_is_complete():
 
 
 def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
-    flags = ["--smoke", "--seeds", "1", "--quiet", "--threads", "1", "--out", str(tmp_path / "out")]
+    flags = ["--smoke", "--seeds", "2", "--quiet", "--out", str(tmp_path / "out")]
     assert study.main(flags) == 0
     first = capsys.readouterr().out
     names = {f"{name}{ending}" for name in study.CONFIGS for ending in (".jsonl", ".run.json")}
