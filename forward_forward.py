@@ -92,19 +92,21 @@ class Layer:
     def learn(self, x, config, rate=1):
         """One step up the layer's own log-likelihood, from n positives and then n negatives: x (2n, inputs).
 
-        A layer calls an example positive with probability p = sigmoid(logit), and raises log p of positives
-        and log(1 - p) of negatives. Returns activities, loss, and which examples it was not sure of.
+        A layer calls an example positive with probability p = sigmoid(logit / temperature), and raises log p
+        of positives and log(1 - p) of negatives. Returns activities, loss, and which examples it was not
+        sure of.
         """
         n, lr = len(x) // 2, rate * config.lr
         weights, biases = (tensor.detach().requires_grad_() for tensor in (self.weights, self.biases))
         z = x @ weights + biases
         h = z.relu()
         logit = GOODNESS[config.goodness](h, config.threshold)
-        margin = torch.cat([logit[:n], -logit[n:]])  # above 0 where the layer is right
+        margin = torch.cat([logit[:n], -logit[n:]]) / config.temperature  # above 0 where the layer is right
         unsure = torch.sigmoid(-margin) > config.skip_threshold  # it learns from these alone
         # Peer normalisation: every positive pushes up the units that are less active than their peers.
         pull = config.peer * (self.mean_activity.mean() - self.mean_activity)
-        objective = F.logsigmoid(margin[unsure]).sum() + (pull * z[:n]).sum()
+        # A high temperature asks for a wider margin. It is not to make steps smaller, too, so it is a factor.
+        objective = config.temperature * F.logsigmoid(margin[unsure]).sum() + (pull * z[:n]).sum()
         of_weights, of_biases = torch.autograd.grad(objective, (weights, biases))
         ascend(self.weights, self.velocity, of_weights / n, config.momentum, lr, config.weight_decay)
         ascend(self.biases, self.bias_velocity, of_biases / n, config.momentum, lr)
@@ -119,44 +121,73 @@ def ascend(parameter, velocity, gradient, momentum, lr, weight_decay=0.0):
     parameter.mul_(1 - lr * weight_decay).add_(velocity, alpha=lr)
 
 
-def plain_step(network, images, labels, chance, rate=1):
-    """One step of each layer: the losses, and which images one learned from. `chance` samples negatives."""
+def plain_step(network, images, labels, chance, rate=1, keys=None):
+    """One step of each layer: the losses, and which images one learned from.
+
+    `chance` samples negatives, and `keys` decide what is dropped, if anything.
+    """
     config, n = network.config, len(images)
     head = network.head.detach().requires_grad_()
-    logits = plain_neutral(network, images) @ head
+    logits = plain_neutral(network, images, keys) @ head
     wrong = sample_negatives(labels, chance, logits.detach() if config.negatives == "hard" else None)
 
     losses, unsure = [], torch.zeros(n, dtype=torch.bool)
     x = write_label(images.repeat(2, 1), torch.cat([labels, wrong]), config.label_scale)
-    for layer in network.layers:
+    for number, layer in enumerate(network.layers):
         h, loss, taught = layer.learn(x, config, rate)
         losses.append(loss)
         unsure |= taught.view(2, n).any(dim=0)
-        x = unit_rms(h)
+        x = drop(unit_rms(h), keys_of(keys, number, POSITIVE, NEGATIVE), config.dropout)
     (of_head,) = torch.autograd.grad(-F.cross_entropy(logits, labels, reduction="sum"), head)
     lr, decay = rate * config.head_lr, config.head_weight_decay
     ascend(network.head, network.head_velocity, of_head / n, config.momentum, lr, decay)
     return np.array(losses), unsure
 
 
-def plain_neutral(network, images):
+def plain_neutral(network, images, keys=None):
     """What all layers pass on (n, layers * width) of images without a label. A softmax reads it."""
     x, read = write_label(images, torch.full((len(images),), LABELS), network.config.label_scale), []
-    for layer in network.layers:
-        read.append(x := unit_rms(layer.forward(x)))
+    for number, layer in enumerate(network.layers):
+        x = drop(unit_rms(layer.forward(x)), keys_of(keys, number, NEUTRAL), network.config.dropout)
+        read.append(x)
     return torch.cat(read, dim=1)
+
+
+def drop(x, keys, dropout):
+    """x (n, width) with dropout (Hinton et al. 2012): that part of it is 0, and the rest is scaled up.
+
+    What is dropped depends on the row's key and the column; without keys, as after training, it is nothing.
+    A hash makes random numbers of these two: lowbias32 (Wellons 2018, nullprogram.com/blog/2018/07/31).
+    """
+    if keys is None or not dropout:
+        return x
+    bits = (keys[:, None] + torch.arange(x.shape[1], device=x.device) * 0x9E3779B9) & WORD
+    for right, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = (bits ^ (bits >> right)) * factor & WORD
+    return torch.where(bits ^ (bits >> 16) >= int(dropout * 2**32), x / (1 - dropout), 0)
+
+
+WORD = 2**32 - 1
+NEUTRAL, POSITIVE, NEGATIVE = range(3)
+
+
+def keys_of(keys, layer, *kinds):
+    """The keys (len(kinds) * n,) of a layer for examples of these kinds, from those of the images (n,)."""
+    if keys is None:
+        return None
+    return torch.cat([(keys + (3 * layer + kind) * 0x85EBCA6B) & WORD for kind in kinds])
 
 
 def plain_pass(network, inputs, labels, shape, seed, number, unsure):
     """Show the images once, in batches, but for those that are skipped: each layer's mean loss."""
     config, losses = network.config, 0
-    order, shifts, chance = sample_pass(config, seed, number, unsure)
+    order, shifts, chance, keys = sample_pass(config, seed, number, unsure)
     for first in range(0, len(order), config.batch_size):
         batch = slice(first, first + config.batch_size)
         chosen = order[batch]
         images = shift(inputs.view(-1, *shape), chosen, shifts[batch]) if config.jitter else inputs[chosen]
         rate = lr_schedule((number + first / len(order)) / config.passes, config.lr_hold)
-        own, unsure[chosen] = plain_step(network, images, labels[chosen], chance[batch], rate)
+        own, unsure[chosen] = plain_step(network, images, labels[chosen], chance[batch], rate, keys[batch])
         losses += own
     return losses / len(order)
 
@@ -224,7 +255,7 @@ def sample_negatives(labels, chance, logits=None):
 
 
 def sample_pass(config, seed, number, unsure):
-    """For pass `number`, from 0: the order of examples, how far each moves (n, 2), and its `chance` (n,).
+    """For pass `number`, from 0: the order of examples, how far each moves, its `chance`, its key to `drop`.
 
     `unsure` (examples,) are shown in any case, and each of the others with probability revisit_prob.
     """
@@ -235,7 +266,8 @@ def sample_pass(config, seed, number, unsure):
     order = order[shown[order]] if shown.any() else order
     shifts = torch.from_numpy(generator.integers(-config.jitter, config.jitter + 1, (len(order), 2)))
     chance = torch.from_numpy(generator.random(len(order), dtype=np.float32))
-    return order, shifts.to(unsure.device), chance.to(unsure.device)
+    keys = torch.from_numpy(generator.integers(0, WORD, len(order), endpoint=True))
+    return order, *(tensor.to(unsure.device) for tensor in (shifts, chance, keys))
 
 
 def shift(images, chosen, shifts):
@@ -303,6 +335,8 @@ class Config(NamedTuple):
     skip_threshold: float = 1e-3
     revisit_prob: float = 0.25
     peer: float = 0.03
+    temperature: float = 1.0
+    dropout: float = 0.0
     head_lr: float = 0.1
     head_weight_decay: float = 3e-3
 
@@ -318,11 +352,33 @@ PRESETS = {
         "passes": 90,
         "jitter": 0,
         "batch_size": 100,
+        "parts": 2,
         "lr": 0.01,
         "weight_decay": 1e-2,
+        "temperature": 4.0,
+        "dropout": 0.2,
+        "read_out": "all-softmax",
     },
     "hinton": {"layers": 4, "width": 2000, "jitter": 0, "parts": 2, "weight_decay": 1e-2},
-    "hinton-jitter": {"layers": 4, "width": 2000, "passes": 500, "jitter": 2, "parts": 2},
+    "hinton-jitter": {
+        "width": 1000,
+        "passes": 600,
+        "jitter": 2,
+        "parts": 2,
+        "temperature": 4.0,
+        "read_out": "all-softmax",
+    },
+    "standard": {
+        "layers": 3,
+        "width": 1000,
+        "passes": 100,
+        "jitter": 0,
+        "batch_size": 100,
+        "lr": 0.01,
+        "weight_decay": 1e-2,
+        "temperature": 4.0,
+        "read_out": "all-softmax",
+    },
 }
 # What another goodness needs in order to learn as well in 8 passes (by `--validation 10000`). The logit of a
 # mean is 1 / width of that of a sum, so its learning rate is larger, and what is multiplied by it smaller.
@@ -353,6 +409,8 @@ FLAGS = {  # field of the config -> its choices or type, and what it is
     "skip_threshold": (real(0, below=1), "skip examples of which a layer is wrong by less, in probability"),
     "revisit_prob": (real(0, 1), "probability that an image is shown that all layers were sure of"),
     "peer": (real(0, 1e6), "strength with which units are kept about equally active"),
+    "temperature": (real(above=0, at_most=1e6), "of the logits: the higher, the wider a margin layers want"),
+    "dropout": (real(0, below=1), "part of what a layer passes on that is dropped in training"),
     "head_lr": (real(0, 1e6), "learning rate of the softmax"),
     "head_weight_decay": (real(0, below=1), "of the softmax"),
     "precision": (("auto", "fp32", "bf16"), "of matrix products; auto: bf16 where the processor has it"),
@@ -388,17 +446,19 @@ class TorchOps:
     def __init__(self, dtype):
         self.dtype = dtype
 
-    def activate(self, products, added, labels, linear=False):
-        """The activities h (n, width), unit_rms of h, and the goodness (n,): the sums of h, or of h squared.
+    def activate(self, products, added, labels, linear=False, keys=None, dropout=0.0):
+        """The activities h (n, width), what is passed on, and the goodness (n,): sums of h, or of h squared.
 
         `products` (m, width) are those of the inputs and the weights. Example r has those of row r mod m,
         since a positive and a negative differ in their labels only. To them comes what the label adds: row
-        labels[r] of `added`, biases included.
+        labels[r] of `added`, biases included. What is passed on is unit_rms of h; of that, keys (n,) drop a
+        part.
         """
         repeated = products.float().repeat(len(labels) // len(products), 1)
         exact = (repeated + added[labels]).relu()
         h, squares = exact.to(self.dtype), exact.square().sum(dim=1)
         passed_on = h.float() * torch.rsqrt(squares / h.shape[1] + 1e-8)[:, None]
+        passed_on = drop(passed_on, keys, dropout)
         return h, passed_on.to(self.dtype), exact.sum(dim=1) if linear else squares
 
     def update(self, weights, velocity, weights_lowp, gradients, scale, momentum, lr, weight_decay):
@@ -475,25 +535,32 @@ def first_products(network, images):
     return images @ network.layers[0].weights_lowp
 
 
-def activate(layer, x, engine, linear=False):
+def activate(layer, x, engine, *how):
     """A layer without label inputs: its activities h, what it passes on, and its goodness sums."""
     none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    return engine.activate(x @ layer.weights_lowp, layer.biases[None], none, linear)
+    return engine.activate(x @ layer.weights_lowp, layer.biases[None], none, *how)
 
 
-def forward(network, products, labels, rows):
-    """For every layer the activities, what is passed on, and the sums, for images with these labels."""
-    engine, linear = network.engine, SUMS[network.config.goodness].linear
-    found = [engine.activate(products, rows, labels, linear)]
-    for layer in network.layers[1:]:
-        found.append(activate(layer, found[-1][1], engine, linear))
+def forward(network, products, labels, rows, keys=None, kinds=()):
+    """For every layer the activities, what is passed on, and the sums, for images with these labels.
+
+    Where there is dropout, the images have `keys`, and the examples made of them are of these `kinds`.
+    """
+    config, found = network.config, []
+    for number, layer in enumerate(network.layers):
+        how = SUMS[config.goodness].linear, keys_of(keys, number, *kinds), config.dropout
+        if number:
+            found.append(activate(layer, found[-1][1], network.engine, *how))
+        else:
+            found.append(network.engine.activate(products, rows, labels, *how))
     return found
 
 
-def read_softmax(network, products, rows):
+def read_softmax(network, products, rows, keys=None):
     """What all layers pass on (n, layers * width) of images with the neutral label; the softmax's logits."""
     neutral = torch.full((len(products),), LABELS, device=products.device)
-    read = torch.cat([passed_on for _, passed_on, _ in forward(network, products, neutral, rows)], dim=1)
+    found = forward(network, products, neutral, rows, keys, [NEUTRAL])
+    read = torch.cat([passed_on for _, passed_on, _ in found], dim=1)
     return read, (read @ network.head.to(read.dtype)).float()
 
 
@@ -523,14 +590,14 @@ def layer_gradient(layer, x, h, sums, config, labels=None):
     The inputs x are (2n, inputs); or (n, inputs) where a positive and its negative have them in common but
     for the `labels` (2n,), which then take the first ten.
 
-    The derivative of the log-likelihood by the logit is 1 - p for positives and -p for negatives. By the
-    activities it is that times the slope of the logit, and by the weights the outer product of this and the
-    inputs. Summed over examples, that is one matrix product; nothing comes from the layers above.
+    The derivative of temperature * log-likelihood by the logit is 1 - p of positives and -p of negatives. By
+    the activities it is that times the slope of the logit, and by the weights the outer product of this and
+    the inputs. Summed over examples, that is one matrix product; nothing comes from the layers above.
     """
     goodness, n = SUMS[config.goodness], len(h) // 2
     width = h.shape[1]
     logit = goodness.logits(sums, config.threshold, width)
-    against = torch.cat([-logit[:n], logit[n:]])
+    against = torch.cat([-logit[:n], logit[n:]]) / config.temperature
     wrong_by = torch.sigmoid(against)  # 1 - p of positives, p of negatives
     taught = (~(wrong_by <= config.skip_threshold)).nonzero()[:, 0]  # written so that NaN counts as unsure
     slopes = torch.where(taught < n, goodness.slope(width), -goodness.slope(width))
@@ -551,15 +618,17 @@ def layer_gradient(layer, x, h, sums, config, labels=None):
     return LayerGradient(weights, biases, activity, F.softplus(against).sum(), misordered, taught)
 
 
-def gradients(network, images, labels, chance):
+def gradients(network, images, labels, chance, keys=None):
     """The Gradients for images (n, inputs) whose first ten inputs are 0."""
     config, n = network.config, len(images)
+    keys = keys if config.dropout else None  # no hash is computed in vain
     rows, products = label_rows(network), first_products(network, images)
-    read, logits = read_softmax(network, products, rows)
+    read, logits = read_softmax(network, products, rows, keys)
     wrong = sample_negatives(labels, chance, logits if config.negatives == "hard" else None)
     x, both, layers = images, torch.cat([labels, wrong]), []
     unsure = torch.zeros(n, dtype=torch.bool, device=images.device)
-    for layer, (h, passed_on, sums) in zip(network.layers, forward(network, products, both, rows)):
+    found = forward(network, products, both, rows, keys, [POSITIVE, NEGATIVE])
+    for layer, (h, passed_on, sums) in zip(network.layers, found):
         layers.append(layer_gradient(layer, x, h, sums, config, None if layers else both))
         unsure[layers[-1].taught % n] = True
         x = passed_on
@@ -622,7 +691,7 @@ class Threads:
 def train_pass(network, inputs, labels, shape, seed, number, threads, unsure, progress=None):
     """`plain_pass`, faster: what the record says of learning. `unsure` changes in place."""
     config = network.config
-    order, shifts, chance = sample_pass(config, seed, number, unsure)
+    order, shifts, chance, keys = sample_pass(config, seed, number, unsure)
     n, losses, misordered, misses = len(order), [0.0] * config.layers, [0] * config.layers, 0
 
     def gradients_of(part):
@@ -631,7 +700,7 @@ def train_pass(network, inputs, labels, shape, seed, number, threads, unsure, pr
             images = network.engine.shift(inputs.view(len(labels), *shape), chosen, shifts[part])
         else:
             images = inputs[chosen]
-        found = gradients(network, images, labels[chosen], chance[part])
+        found = gradients(network, images, labels[chosen], chance[part], keys[part])
         unsure[chosen] = found.unsure
         return found
 
@@ -740,8 +809,9 @@ def train(config, seed, splits, shape, engine, threads=1, device="cpu", progress
                 raise utils.RunFailed(f"{where}: training diverged; try a lower --lr")
             records.append({"pass": number + 1, "split": "running", **running, "presentations": shown})
             # The training and the test set are evaluated once, at the end; `shifted`, too, if it can wait.
-            last = number + 1 == config.passes
-            for split in splits if last else {"validation"} & splits.keys():
+            # Validation takes longer than a pass, and so there are about ten of them.
+            last, often = number + 1 == config.passes, (number + 1) % max(1, config.passes // 10) == 0
+            for split in splits if last else {"validation"} & splits.keys() if often else ():
                 n, moved = len(splits[split][1]), config.read_out == "shifted" or (last and split != "train")
                 given = *splits[split], config.read_out, shape if moved else None
                 loss, misses, of_all = evaluate(network, *given)

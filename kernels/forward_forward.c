@@ -86,11 +86,22 @@ INLINE float sum(vec x) {
 // x where it is positive, else 0. NaN stays NaN.
 INLINE vec relu(vec x) { return (vec)((ivec)x & ~(x < 0)); }
 
+// Random bits from different x: the hash lowbias32 (Wellons 2018, nullprogram.com/blog/2018/07/31).
+INLINE uvec hash(uvec x) {
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
 // h[r] = relu(products[r mod m] + added[labels[r]]), r < n; goodness[r] is the sum of its squares, or, where
-// `linear`, of h itself; passed_on[r] is h[r] by the root of the mean of its squares (NULL: not wanted).
+// `linear`, of h itself; passed_on[r] is h[r] by the root of the mean of its squares (NULL: not wanted). Where
+// there are keys, it is 0 in places whose random bits are below `dropped`, and else `scaled` up.
 void activate(const number *restrict products, int64_t m, const float *restrict added,
-              const int64_t *restrict labels, int64_t n, int64_t width, int64_t linear, number *restrict h,
+              const int64_t *restrict labels, int64_t n, int64_t width, int64_t linear,
+              const int64_t *restrict keys, int64_t dropped, float scaled, number *restrict h,
               number *restrict passed_on, float *restrict goodness) {
+    uvec columns;
+    for (int lane = 0; lane < LANES; lane++) columns[lane] = lane * 0x9e3779b9u;
     for (int64_t r = 0; r < n; r++) {
         const number *from = products + r % m * width;
         const float *add = added + labels[r] * width;
@@ -106,8 +117,14 @@ void activate(const number *restrict products, int64_t m, const float *restrict 
         goodness[r] = linear ? sum(total) : square;
         if (!passed_on) continue;
         float scale = 1 / sqrtf(square / (float)width + 1e-8f);
-        for (int64_t i = 0; i < width; i += LANES)
-            store(passed_on + r * width + i, scale * load(to + i, width - i), width - i);
+        for (int64_t i = 0; i < width; i += LANES) {
+            vec x = scale * load(to + i, width - i);
+            if (keys) {
+                uvec bits = hash(columns + ((uint32_t)keys[r] + (uint32_t)i * 0x9e3779b9u));
+                x = (vec)((ivec)(scaled * x) & (ivec)(bits >= (uint32_t)dropped));
+            }
+            store(passed_on + r * width + i, x, width - i);
+        }
     }
 }
 

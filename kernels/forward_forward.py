@@ -27,14 +27,15 @@ class Kernels:
         address, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         self._activate, self._update, self._shift = library.activate, library.update, library.shift
         self._activate.argtypes = [
-            address, integer, address, address, integer, integer, integer, address, address, address
+            address, integer, address, address, integer, integer, integer, address, integer, real,
+            address, address, address,
         ]  # fmt: skip
         self._update.argtypes = [address, address, address, address, integer, integer, real, real, real, real]
         self._shift.argtypes = [address, integer, integer, address, address, integer, address]
         for function in (self._activate, self._update, self._shift):
             function.restype = None
 
-    def activate(self, products, added, labels, linear=False):
+    def activate(self, products, added, labels, linear=False, keys=None, dropout=0.0):
         m, width = _shape("products", products, 2)
         n, single = len(labels), torch.float32
         h, passed_on = torch.empty(n, width, dtype=self.dtype), torch.empty(n, width, dtype=self.dtype)
@@ -44,8 +45,13 @@ class Kernels:
         _check("labels", labels, torch.int64, (n,))
         if n and not (m and 0 <= int(labels.min()) <= int(labels.max()) < len(added)):
             raise ValueError(f"labels: not all from 0 to {len(added) - 1}, or there are no products")
+        if keys is not None:
+            _check("keys", keys, torch.int64, (n,))
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: {dropout} is not from 0 to below 1")
         self._activate(
             products.data_ptr(), m, added.data_ptr(), labels.data_ptr(), n, width, int(linear),
+            keys.data_ptr() if keys is not None else None, int(dropout * 2**32), 1 / (1 - dropout),
             h.data_ptr(), passed_on.data_ptr(), goodness.data_ptr(),
         )  # fmt: skip
         return h, passed_on, goodness

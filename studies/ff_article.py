@@ -46,8 +46,10 @@ ARTICLE = {
     "length": "one",  # of what a layer sees, with the label; rms: a root mean square of 1, without the label
     "init": "uniform",  # as nn.Linear has it; or normal, with biases of 0. Either of 1 / sqrt(fan-in)
 }  # fmt: skip
-# The first rung that forward_forward.py trains. All its numbers are here: defaults may change, this may not.
-OURS = ff.make_config(
+# The first rung that forward_forward.py trains. Its numbers are here: defaults may change, this may not. What
+# is not here, forward_forward.py got later, and without it nothing changes.
+OURS = dict(
+    data="mnist", validation=0, read_out="all",
     layers=2, width=512, goodness="ssq", threshold=1.0, label_scale=3.0, passes=20, jitter=0,
     negatives="random", batch_size=100, parts=1, lr=0.0075, lr_hold=0.5, momentum=0.9, weight_decay=3e-3,
     skip_threshold=0.0, revisit_prob=1.0, peer=0.0, head_lr=0.1, head_weight_decay=3e-3, precision="bf16",
@@ -67,7 +69,7 @@ RUNGS = {  # name -> what is new in words, and what changes from the rung before
     "pixels": ("pixels from 0 to 1", {"pixels": "0 to 1"}),
     # Together: at 0.03, Adam silences the units of such inputs; at 0.001, inputs of length one are too small.
     "ssq": ("sum of squares, inputs with a root mean square of 1, normal weights, Adam at 0.001", SSQ),
-    "momentum": ("momentum instead of Adam, weight decay, a falling learning rate", OURS._asdict()),
+    "momentum": ("momentum instead of Adam, weight decay, a falling learning rate", OURS),
     "peer": ("peer normalisation", {"peer": 0.03}),
     "hard-negatives": ("hard negatives", {"negatives": "hard"}),
     "label-scale": ("labels of 8 instead of 3", {"label_scale": 8.0}),
@@ -231,7 +233,7 @@ def train(config, seed, splits, engine=None, progress=lambda n: None):
         return [h for h, *_ in ff.forward(network, products, labels.flatten(), rows)]
 
     with torch.inference_mode():
-        own = ff.Config(**{field: config[field] for field in ff.Config._fields})
+        own = ff.Config(**{field: config[field] for field in ff.Config._fields if field in config})
         network = ff.Network(pixels.shape[1], own, seed, engine, labels.device)
         inputs, unsure = prepare(pixels), torch.ones_like(labels, dtype=torch.bool)
         for number in range(own.passes):

@@ -38,7 +38,7 @@ from studies.ff_sweep import BASE, network_config
 
 PAGE = utils.ROOT / "results" / "ff_memory" / "README.md"
 CONFIG = BASE | {"width": 500, "batch_size": 1000, "negatives": "random", "passes": 1, "lr": 0.01}
-CONFIG = {field: CONFIG[field] for field in ff.Config._fields if field != "layers"}
+CONFIG = {field: CONFIG[field] for field in ff.Config._fields if field in CONFIG and field != "layers"}
 CONFIG |= {"data": "random", "validation": 0, "depths": [2, 4, 8, 16, 32, 64]}
 SMOKE = {"width": 20, "batch_size": 10, "depths": [2, 4]}
 

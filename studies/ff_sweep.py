@@ -93,12 +93,12 @@ class Units(ff.TorchOps):
         super().__init__(dtype)
         self.activation = ACTIVATIONS[name]
 
-    def activate(self, products, added, labels, linear=False):
+    def activate(self, products, added, labels, linear=False, keys=None, dropout=0.0):
         if linear:
             raise ValueError("other activations than ReLU need a goodness that is a sum of squares")
         h, slope = self.activation(products.repeat(len(labels) // len(products), 1) + added[labels])
         squares = h.square().sum(dim=1)
-        passed_on = h * torch.rsqrt(squares / h.shape[1] + 1e-8)[:, None]
+        passed_on = ff.drop(h * torch.rsqrt(squares / h.shape[1] + 1e-8)[:, None], keys, dropout)
         return (h * slope).to(self.dtype), passed_on.to(self.dtype), squares
 
 

@@ -304,7 +304,7 @@ def test_the_article_is_as_published():
 @quick
 def test_the_last_rung_is_the_config_of_forward_forward():
     last = {"layers": 2, "width": 512, "passes": 20, "batch_size": 100}
-    assert CONFIGS["jitter"] == ff.make_config(**last)._asdict()
+    assert ff.Config(**CONFIGS["jitter"]) == ff.make_config(**last)
 
 
 @pytest.mark.parametrize("rung", ["fresh-negatives", "minibatches", "together", "ssq"])

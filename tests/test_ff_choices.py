@@ -13,12 +13,12 @@ quick = pytest.mark.quick
 
 @quick
 def test_each_alternative_differs_from_its_preset_in_one_number():
-    assert set(study.PRESETS) == {"short", *ff.PRESETS} == {study.owner(name) for name in study.CONFIGS}
+    assert set(ff.PRESETS) < set(study.PRESETS) == {study.owner(name) for name in study.CONFIGS}
     count = 0
     for name, config in study.CONFIGS.items():
         preset = study.owner(name)
-        usual = ff.make_config("ours" if preset == "short" else preset, validation=10_000)._asdict()
-        usual |= {"passes": 8} if preset == "short" else {}
+        own, quicker = study.PRESETS[preset]
+        usual = ff.make_config(own, validation=10_000)._asdict() | quicker
         changed = [field for field in usual if config[field] != usual[field]]
         assert config.keys() == usual.keys() and len(changed) == (name != preset), name
         if changed:
@@ -77,7 +77,7 @@ def test_tables_tell_what_has_a_record_and_what_has_none(finished):
         "| short | all | 8 | 1 of 9 |" in tables["records"]
         and "| ours | all | 60 | 2 of 13 |" in tables["records"]
     )
-    assert "| hinton | all | 60 | 0 of 7 |" in tables["records"]
+    assert "| hinton | all | 60 | 0 of 2 |" in tables["records"]
     for preset, text in tables.items() - {("records", tables["records"])}:
         for row in text.splitlines()[2:]:
             first, *cells = [cell.strip() for cell in row.strip("|").split("|")]

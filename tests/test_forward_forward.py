@@ -1,5 +1,6 @@
 import copy
 import functools
+import itertools
 import json
 import os
 import signal
@@ -43,6 +44,8 @@ CONFIG = ff.Config(
     skip_threshold=0.0,
     revisit_prob=1.0,
     peer=0.0,
+    temperature=1.0,
+    dropout=0.0,
     head_lr=0.1,
     head_weight_decay=3e-3,
     precision="fp32",
@@ -166,28 +169,29 @@ def test_a_label_is_written_into_the_first_ten_inputs():
 # The gradient
 
 
-def softmax_of(network, images):
+def softmax_of(network, images, keys=None):
     """The logits of the softmax, plainly."""
     x, read = ff.write_label(images, torch.full((len(images),), ff.LABELS), network.config.label_scale), []
-    for layer in network.layers:
-        read.append(x := ff.unit_rms(layer.forward(x)))
+    for k, layer in enumerate(network.layers):
+        x = ff.drop(ff.unit_rms(layer.forward(x)), ff.keys_of(keys, k, ff.NEUTRAL), network.config.dropout)
+        read.append(x)
     return torch.cat(read, dim=1) @ network.head
 
 
-def true_gradients(network, images, labels, chance):
+def true_gradients(network, images, labels, chance, keys=None):
     """By the plain step, which without momentum leaves them in the velocities; with what else it finds."""
     plain, n = doubled(network, momentum=0.0), len(images)
-    images = images.double()
-    logits, answers = softmax_of(plain, images), ff.plain_read_out(plain, images)
+    config, images = plain.config, images.double()
+    logits, answers = softmax_of(plain, images, keys), ff.plain_read_out(plain, images)
     hard = network.config.negatives == "hard"
     wrong = ff.sample_negatives(labels, chance, logits.float() if hard else None)
     right, taken = (answers[:, torch.arange(n), own] for own in (labels, wrong))
     x = ff.write_label(images, labels, network.config.label_scale)
     activity = []
-    for layer in plain.layers:
+    for number, layer in enumerate(plain.layers):
         activity.append(h := layer.forward(x))
-        x = ff.unit_rms(h)
-    losses, unsure = ff.plain_step(plain, images, labels, chance)
+        x = ff.drop(ff.unit_rms(h), ff.keys_of(keys, number, ff.POSITIVE), config.dropout)
+    losses, unsure = ff.plain_step(plain, images, labels, chance, keys=keys)
     found = {"head": plain.head_velocity * n}
     for number, layer in enumerate(plain.layers, start=1):
         found |= {f"weights{number}": layer.velocity * n, f"biases{number}": layer.bias_velocity * n}
@@ -196,9 +200,9 @@ def true_gradients(network, images, labels, chance):
     return found, (losses.tolist(), unsure, *counts)
 
 
-def ours(network, images, labels, chance):
+def ours(network, images, labels, chance, keys=None):
     """The same from `gradients`."""
-    found = ff.gradients(network, images, labels, chance)
+    found = ff.gradients(network, images, labels, chance, keys)
     named = {"head": found.head}
     for number, layer in enumerate(found.layers, start=1):
         named |= {f"weights{number}": layer.weights, f"biases{number}": layer.biases}
@@ -233,6 +237,63 @@ def test_gradients_are_those_of_the_plain_step(engine, goodness, layers, negativ
     config = CONFIG._replace(goodness=goodness, layers=layers, negatives=negatives, peer=0.3)
     for seed in range(3):
         assert_gradients(network_of(config, engine, seed=seed), examples(seed=seed))
+
+
+@quick
+@pytest.mark.parametrize("temperature, dropout", [(4.0, 0.0), (1.0, 0.3), (0.5, 0.6)])
+def test_gradients_at_a_temperature_and_with_dropout(engine, temperature, dropout):
+    config = CONFIG._replace(layers=3, negatives="hard", temperature=temperature, dropout=dropout)
+    for seed in range(3):
+        keys = torch.randint(2**32, (12,), generator=torch.Generator().manual_seed(seed))
+        network, given = network_of(config, engine, seed=seed), (*examples(seed=seed), keys)
+        if dropout:
+            # A misordered pair is counted without dropout in the plain answers, so it is not compared.
+            (a, facts), (b, true) = ours(network, *given), true_gradients(network, *given)
+            assert worst_error(a, b) < TOLERANCE and facts[3] == true[3]
+            assert facts[0] == pytest.approx(true[0], rel=1e-5) and torch.equal(facts[1], true[1])
+            plain, _ = ours(network, *given[:3])
+            assert worst_error(a, plain) > 0.1
+        else:
+            assert_gradients(network, given)
+            network.config = config._replace(temperature=1.0)
+            assert worst_error(ours(network, *given)[0], true_gradients(network, *given)[0]) < TOLERANCE
+
+
+@quick
+def test_the_temperature_widens_the_margin_and_not_the_step():
+    """By hand: of one positive, d objective / d logit is sigmoid(-logit / temperature), times 2 h."""
+    config = CONFIG._replace(layers=1, temperature=8.0, momentum=0.0, lr=1.0, weight_decay=0.0)
+    network = doubled(network_of(config))
+    (layer,), x = network.layers, examples(2)[0].double()
+    before, h = layer.weights.clone(), layer.forward(x)
+    logit = h.square().sum(dim=1) - h.shape[1]
+    layer.learn(x, config)
+    share = torch.stack([torch.sigmoid(-logit[0] / 8), -torch.sigmoid(logit[1] / 8)])
+    torch.testing.assert_close(layer.weights - before, x.T @ (2 * share[:, None] * h))
+
+
+@quick
+def test_what_is_dropped_is_random_and_depends_on_keys_alone():
+    n, width, dropout = 2000, 500, 0.2
+    keys = torch.arange(n)  # neighbours must not be alike, either
+    kinds = [
+        ff.drop(torch.ones(n, width), ff.keys_of(keys, k, kind), dropout) for k in (0, 1) for kind in range(3)
+    ]
+    for kept in kinds:
+        assert set(kept.unique().tolist()) == {0.0, 1.25}
+        gone = (kept == 0).double() - dropout
+        spread = (dropout * (1 - dropout)) ** 0.5
+        # Means of n, of width, and of n * width draws, and correlations of neighbours: within 5 deviations.
+        assert gone.mean().abs() < 5 * spread / (n * width) ** 0.5
+        assert gone.mean(dim=0).abs().max() < 5 * spread / n**0.5
+        assert gone.mean(dim=1).abs().max() < 5 * spread / width**0.5
+        for a, b in ((gone[1:], gone[:-1]), (gone[:, 1:], gone[:, :-1])):
+            assert (a * b).mean().abs() < 5 * spread**2 / a.numel() ** 0.5
+    for a, b in itertools.combinations(kinds, 2):
+        both = ((a == 0) & (b == 0)).double().mean() - dropout**2
+        assert both.abs() < 5 * dropout / (n * width) ** 0.5
+    part = ff.drop(torch.ones(10, width), ff.keys_of(keys[50:60], 0, ff.NEUTRAL), dropout)
+    assert torch.equal(part, kinds[0][50:60])
 
 
 @quick
@@ -456,9 +517,9 @@ def test_every_example_is_seen_once_a_pass_at_rates_that_fall(monkeypatch):
     seen, steps, gradients = [], [], ff.gradients
     monkeypatch.setattr(ff, "step", lambda network, found, n, rate, threads: steps.append((n, rate)))
 
-    def watched(network, images, labels, chance):
+    def watched(network, images, labels, chance, keys):
         seen.append((images.clone(), labels.clone(), chance.clone()))
-        return gradients(network, images, labels, chance)
+        return gradients(network, images, labels, chance, keys)
 
     monkeypatch.setattr(ff, "gradients", watched)
     config = CONFIG._replace(passes=4, batch_size=30, lr_hold=0.5)
@@ -494,8 +555,8 @@ def test_images_that_all_layers_are_sure_of_are_revisited_now_and_then(monkeypat
     config = CONFIG._replace(layers=1, skip_threshold=0.9, revisit_prob=0.25, batch_size=30, passes=9)
     network = network_of(config)
 
-    def watched(network, images, labels, chance):
-        found = gradients(network, images, labels, chance)
+    def watched(network, images, labels, chance, keys):
+        found = gradients(network, images, labels, chance, keys)
         seen.append((torch.cdist(images, inputs).argmin(dim=1), found.unsure))
         return found
 
@@ -730,8 +791,8 @@ CHOSEN = {
     "data": "usps", "validation": 7, "layers": 3, "width": 11, "goodness": "neg-ssq", "threshold": 0.25,
     "label_scale": 2.5, "passes": 7, "jitter": 5, "negatives": "random", "batch_size": 33, "parts": 3,
     "lr": 0.0123, "lr_hold": 0.75, "momentum": 0.5, "weight_decay": 0.02, "skip_threshold": 0.2,
-    "revisit_prob": 0.6, "peer": 0.4, "head_lr": 0.07, "head_weight_decay": 0.005, "precision": "fp32",
-    "read_out": "softmax",
+    "revisit_prob": 0.6, "peer": 0.4, "temperature": 3.0, "dropout": 0.3, "head_lr": 0.07,
+    "head_weight_decay": 0.005, "precision": "fp32", "read_out": "softmax",
 }  # fmt: skip
 
 

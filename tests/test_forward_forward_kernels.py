@@ -40,6 +40,7 @@ def sampled(m, width, dtype, seed=0):
         "products": normal(m, width, seed=seed + 3).to(dtype),
         "added": normal(LABELS + 1, width, seed=seed + 4),
         "labels": torch.randint(LABELS, (2 * m,), generator=generator),
+        "keys": torch.randint(2**32, (2 * m,), generator=generator),
         "weights": normal(m * width, seed=seed + 8),
         "velocity": normal(m * width, seed=seed + 9),
         "weights_lowp": torch.zeros(m * width, dtype=dtype),
@@ -50,11 +51,12 @@ def sampled(m, width, dtype, seed=0):
 RATES = (0.01, 0.9, 0.05, 0.1)  # scale, momentum, lr, weight decay
 
 
-def everything(engine, given, linear=False):
+def everything(engine, given, linear=False, dropout=0.25):
     """All that an engine makes of it, in a list of tensors."""
     of_step = [given[name].clone() for name in ("weights", "velocity", "weights_lowp")]
     engine.update(*of_step, given["gradients"], *RATES)
-    return [*engine.activate(given["products"], given["added"], given["labels"], linear), *of_step]
+    examples = [given[name] for name in ("products", "added", "labels")]
+    return [*engine.activate(*examples, linear, given["keys"], dropout), *of_step]
 
 
 def worst_error(ours, true):
@@ -247,7 +249,7 @@ def test_nan_goes_where_it_has_to_and_nowhere_else(engines, bits, width):
     for engine in engines:
         given = sampled(7, width, engine.dtype)
         given["added"].abs_().add_(10)  # so that the ReLU passes all on, whatever the sign
-        clean = everything(engine, given)
+        clean = everything(engine, given, dropout=0.0)
         given["products"][3, width - 1] = nan
         h, passed_on, goodness = engine.activate(given["products"], given["added"], given["labels"])
         lost = torch.zeros(14, width, dtype=torch.bool)
@@ -424,21 +426,21 @@ int main(int argc, char **argv) {
     const size_t small = sizeof(number), real = sizeof(float);
     number *products = take(all, small), *parts[2];
     float *added = take(11 * width, real);
-    int64_t *labels = take(2 * m, 8), *chosen = take(m, 8), *shifts = take(2 * m, 8);
+    int64_t *labels = take(2 * m, 8), *keys = take(2 * m, 8), *chosen = take(m, 8), *shifts = take(2 * m, 8);
     float *w = take(all, real), *v = take(all, real);
     parts[0] = take(all, small), parts[1] = take(all, small);
     number *images = take(3 * 5 * 7, small);
     number *h = malloc(2 * all * small), *passed_on = malloc(2 * all * small);
     number *weights_lowp = malloc(all * small), *shifted = malloc(m * 35 * small);
     float *goodness = malloc(2 * m * real);
-    activate(products, m, added, labels, 2 * m, width, 1, h, NULL, goodness);
-    activate(products, m, added, labels, 2 * m, width, 0, h, passed_on, goodness);
+    activate(products, m, added, labels, 2 * m, width, 1, NULL, 0, 1, h, NULL, goodness);
+    activate(products, m, added, labels, 2 * m, width, 0, keys, 1 << 30, 1 / 0.75f, h, passed_on, goodness);
     update(w, v, weights_lowp, (const number *const *)parts, 2, all, 0.01f, 0.9f, 0.05f, 0.1f);
     shift(images, 5, 7, chosen, shifts, m, shifted);
     give(h, 2 * all, small), give(passed_on, 2 * all, small), give(goodness, 2 * m, real);
     give(w, all, real), give(v, all, real), give(weights_lowp, all, small);
     give(shifted, m * 35, small);
-    free(products), free(added), free(labels), free(chosen), free(shifts);
+    free(products), free(added), free(labels), free(keys), free(chosen), free(shifts);
     free(parts[0]), free(parts[1]), free(images);
     return 0;
 }
@@ -466,7 +468,7 @@ def test_sanitizers_find_nothing(dtype, tmp_path):
         del given["gradients"][2]
         images, chosen = normal(3, 5, 7).to(dtype), torch.arange(m) % 3
         shifts = torch.tensor([[1, -2], [-9, 3], [0, 8]])[:m].contiguous()
-        arrays = [given[name] for name in ("products", "added", "labels")]
+        arrays = [given[name] for name in ("products", "added", "labels", "keys")]
         arrays += [chosen, shifts, given["weights"], given["velocity"]]
         arrays += [*given["gradients"], images]
         done = subprocess.run(
