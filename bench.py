@@ -8,7 +8,8 @@
 Two networks are measured: that of repro.py, and the same with all changes of modern.py. The contenders take
 turns, `--rounds` times, in one process; times are medians. Beside each speed stands the share of the limit:
 the network's multiplications and additions as a share of what a core can do in that time. On another machine,
-only ratios and shares mean something.
+only ratios and shares mean something. Three networks of forward_forward.py are measured, too: with one core,
+and with all of them.
 
 Expected on two cores of an AMD EPYC: the C engine presents a digit in 4.4 µs, 279 times as fast as the usual
 loop, which is 66% of the limit.
@@ -28,6 +29,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import forward_forward as ff
 import modern
 import repro
 import utils
@@ -183,6 +185,30 @@ def modern_contenders(images, labels):
     return entered
 
 
+def ff_contenders(images, labels):
+    """Networks that learn by Forward-Forward, with one core and with all. Every image teaches every layer."""
+    cores, entered = utils.cores(), {}
+    precision = ff.pick_precision("auto", "cpu")
+    engine, _ = ff.pick_engine("auto", "cpu", precision)
+    # In a frame of 6, as MNIST's digits of 20x20 are in one of 4.
+    inputs = ff.normalise(torch.tensor(np.pad(images / 2 + 0.5, ((0, 0), (6, 6), (6, 6))))).to(engine.dtype)
+    labels, unsure = torch.tensor(labels), torch.ones(len(labels), dtype=torch.bool)
+    for layers, width in ((2, 500), (2, 1000), (4, 2000)):
+        own = {"layers": layers, "width": width, "parts": cores, "skip_threshold": 0.0}
+        network = ff.Network(inputs.shape[1], ff.make_config(precision=precision, **own), SEED, engine)
+
+        def train(threads, n, network=network):
+            with torch.inference_mode():
+                shown = inputs[:n], labels[:n], (28, 28), SEED, 0, ff.Threads(threads), unsure[:n].clone()
+                ff.train_pass(network, *shown)
+
+        n = max(1, 2000 * len(images) // 7291 // layers)
+        for threads in sorted({1, cores}):
+            name = f"{layers}x{width}" + f", {threads} cores" * (threads > 1)
+            entered[name] = threads, n, functools.partial(train, threads, n)
+    return entered
+
+
 def recognizers(images):
     """What the paper reports of its DSP board: name -> (digits, a function that recognises so many)."""
     parameters, network = repro.init_parameters(SEED, repro.KARPATHY), Convnet1989()
@@ -226,6 +252,7 @@ def measure(rounds, n, quiet):
     """
     images, labels = strokes.draw_digits(n, 1989)
     entered = {"rows": contenders(images, labels), "modern_rows": modern_contenders(images, labels)}
+    entered["ff_rows"] = ff_contenders(images, labels)
     everyone = [(group, name, *facts) for group, own in entered.items() for name, facts in own.items()]
     everyone += [("recognised", name, 1, *facts) for name, facts in recognizers(images).items()]
     times, peaks = {(group, name): [] for group, name, *_ in everyone}, []
@@ -238,14 +265,15 @@ def measure(rounds, n, quiet):
             work()
             times[group, name].append(1e6 * (time.perf_counter() - started) / presentations)
     record = {"rounds": rounds, "operations": operations(), "peak_gflops": statistics.median(peaks) / 1e9}
-    record |= {"compiler": build.compiler_version(), "rows": [], "modern_rows": []}
+    record |= {"compiler": build.compiler_version(), "rows": [], "modern_rows": [], "ff_rows": []}
     record["digits_recognised_a_second"] = {}
     for group, name, threads, *_ in everyone:
         own, median = times[group, name], statistics.median(times[group, name])
         if group == "recognised":
             record["digits_recognised_a_second"][name] = 1e6 / median
             continue
-        ratio = statistics.median(usual / mine for usual, mine in zip(times[group, USUAL], own))
+        usual = name.split(",")[0] if group == "ff_rows" else USUAL  # there, the same on one core
+        ratio = statistics.median(theirs / mine for theirs, mine in zip(times[group, usual], own))
         row = {"name": name, "threads": threads, "microseconds": median}  # of a presentation, by any thread
         record[group].append(row | {"fastest_and_slowest": [min(own), max(own)], "ratio": ratio})
     return record
@@ -341,7 +369,7 @@ def write_gpu_pages(folder):
 
 
 def make_tables(bench):
-    """For the network of 1989 and the one with all changes: the head of a table and its rows of cells."""
+    """For the 1989 network, the one with all changes, and Forward-Forward: a table's head, rows of cells."""
     paper, passes = utils.reference("lecun1989"), modern.make_config(4, "mnist")["passes"]
     sizes, days = paper["sizes"], paper["hardware"]["training_days"]
     oldest = {"name": f"1989, {paper['hardware']['machine']}"}
@@ -368,7 +396,21 @@ def make_tables(bench):
             ("all changes of modern.py", *head, f"{passes} passes", "ratio", "of the limit"),
             [cells(row, passes * sizes["train_digits"]) for row in bench["modern_rows"]],
         ),
+        (
+            ("Forward-Forward", "µs an image", "passes of 60,000 a second", "ratio to one core"),
+            [ff_cells(row) for row in bench["ff_rows"]],
+        ),
     ]
+
+
+def ff_cells(row):
+    microseconds = row["microseconds"]
+    return (
+        row["name"],
+        three_digits(microseconds),
+        f"{1e6 / microseconds / 60_000:.3g}",
+        f"{row['ratio']:.2f}",
+    )
 
 
 def three_digits(number):
@@ -377,7 +419,7 @@ def three_digits(number):
 
 
 def describe(bench):
-    """Both tables in Markdown, what they were measured on, and how many digits are recognised."""
+    """The tables in Markdown, what they were measured on, and how many digits are recognised."""
     dsp = utils.reference("lecun1989")["hardware"]
     ours = {name: f"{number:,.0f}" for name, number in bench["digits_recognised_a_second"].items()}
     text = [tables.markdown_table(*table) for table in make_tables(bench)]

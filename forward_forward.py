@@ -361,13 +361,14 @@ PRESETS = {
     },
     "hinton": {"layers": 4, "width": 2000, "jitter": 0, "parts": 2, "weight_decay": 1e-2},
     "hinton-jitter": {
-        "width": 1000,
-        "passes": 600,
+        "width": 2000,
+        "passes": 360,
         "jitter": 2,
         "parts": 2,
         "temperature": 4.0,
         "read_out": "all-softmax",
     },
+    # What most programs train, with the numbers of Hinton's Matlab code.
     "standard": {
         "layers": 3,
         "width": 1000,
@@ -375,9 +376,8 @@ PRESETS = {
         "jitter": 0,
         "batch_size": 100,
         "lr": 0.01,
-        "weight_decay": 1e-2,
-        "temperature": 4.0,
-        "read_out": "all-softmax",
+        "weight_decay": 1e-3,
+        "label_scale": 3.0,
     },
 }
 # What another goodness needs in order to learn as well in 8 passes (by `--validation 10000`). The logit of a

@@ -27,7 +27,8 @@ PAGE = utils.ROOT / "results" / "ff_choices" / "README.md"
 VALIDATION = 10_000
 PRESETS = {  # name -> a preset of forward_forward.py, and what makes it quicker to try
     "short": ("ours", {"passes": 8}),
-    "jitter": ("hinton-jitter", {"passes": 150}),
+    "jitter": ("hinton-jitter", {"width": 1000, "passes": 150}),
+    "jitter-long": ("hinton-jitter", {"width": 1000, "passes": 450}),
     "four-layers": ("hinton", {"width": 1000}),
 } | {preset: (preset, {}) for preset in ff.PRESETS}
 OTHERS = {  # preset -> field -> what else it might be
@@ -48,6 +49,7 @@ OTHERS = {  # preset -> field -> what else it might be
         "lr": (0.015,),
         "revisit_prob": (0.1,),
     },
+    "jitter-long": {"dropout": (0.1, 0.2), "layers": (3,), "width": (2000,)},
     "four-layers": {
         "layers": (1, 2, 3),
         "temperature": (4.0,),
@@ -77,7 +79,13 @@ OTHERS = {  # preset -> field -> what else it might be
     },
     "hinton": {"temperature": (4.0,)},
     "hinton-jitter": {},
-    "standard": {"temperature": (1.0,), "dropout": (0.2,), "weight_decay": (1e-3,)},
+    "standard": {
+        "skip_threshold": (0.0,),
+        "temperature": (4.0, 16.0),
+        "dropout": (0.2,),
+        "weight_decay": (1e-2,),
+        "label_scale": (8.0,),
+    },
 }
 
 

@@ -83,6 +83,9 @@ def test_a_record_holds_what_was_measured_and_the_pages_show_it(pages, monkeypat
             low, high = row["fastest_and_slowest"]
             assert 0 < low <= row["microseconds"] <= high
         assert record[group][0]["ratio"] == 1
+    sizes = [row["name"].split(",")[0] for row in record["ff_rows"]]
+    assert list(dict.fromkeys(sizes)) == ["2x500", "2x1000", "4x2000"]
+    assert all(row["ratio"] == 1 for row in record["ff_rows"] if row["threads"] == 1)
     assert len(record["digits_recognised_a_second"]) == 3
     assert (pages / "bench" / "bench.png").read_bytes().startswith(b"\x89PNG")
     page, front = (pages / "bench" / "README.md").read_text(), (pages / "README.md").read_text()
@@ -99,7 +102,7 @@ def test_a_record_holds_what_was_measured_and_the_pages_show_it(pages, monkeypat
 def test_the_cells_follow_from_the_record():
     (bench_record,) = bench.read_records(ROOT / "results" / "bench")
     paper = utils.reference("lecun1989")["sizes"]
-    (_, rows), (_, modern_rows) = bench.make_tables(bench_record)
+    (_, rows), (_, modern_rows), (_, ff_rows) = bench.make_tables(bench_record)
     measured = {row["name"]: row for row in bench_record["rows"]}
     for name, microseconds, a_second, passes, ratio, share in rows[1:]:
         row = measured[name]
@@ -110,6 +113,10 @@ def test_the_cells_follow_from_the_record():
         assert float(ratio) == pytest.approx(row["ratio"], rel=0.01)
         flops = bench_record["operations"] / row["microseconds"] * 1e6 / row["threads"]
         assert float(share.rstrip("%")) == pytest.approx(1e-7 * flops / bench_record["peak_gflops"], abs=0.06)
+    for row, (name, microseconds, passes, ratio) in zip(bench_record["ff_rows"], ff_rows, strict=True):
+        assert name == row["name"] and float(ratio) == pytest.approx(row["ratio"], abs=0.006)
+        assert float(microseconds.replace(",", "")) == pytest.approx(row["microseconds"], rel=0.01)
+        assert float(passes) == pytest.approx(1e6 / row["microseconds"] / 60_000, rel=0.01)
     assert rows[0][3] == "3 days" and len(modern_rows) == len(bench_record["modern_rows"])
     assert math.isclose(
         float(rows[0][1].replace(",", "")), 3 * 86400e6 / paper["presentations"], rel_tol=1e-6
