@@ -45,7 +45,7 @@ from records import tables
 SOURCES = ("lecun1989", "karpathy2022", "mnist1d", "ff", "recipe", "myths")
 # The keys of a row that are no published numbers; reference/lecun1989.toml says what they are.
 KEYS = set(
-    "title where run runs differs same_seed squared_error printed_to sd_seeds page context claim".split()
+    "title where run runs differs same_seed squared_error printed_to sd_seeds page context took claim".split()
 )
 HEADLINES = ("test_misses", "test_error", "test_accuracy", "rejected")  # the first of these stands for a row
 SPLITS = "train", "test"
@@ -566,6 +566,16 @@ def ff_table(runs, page):
     return tables.markdown_table(head, rows)
 
 
+def peers_table():
+    """Other people's programs that learn MNIST by Forward-Forward, the best first."""
+    rows = [row for row in utils.reference("ff").values() if row.get("context")]
+    rows = sorted(rows, key=lambda row: row["test_error"])
+    cells = [
+        [row["title"], f"{row['test_error']}%", row.get("took", "not said"), row["where"]] for row in rows
+    ]
+    return tables.markdown_table(["program", "test error", "time", "source"], cells)
+
+
 def duration(seconds):
     """Seconds in the unit that suits them."""
     for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
@@ -622,7 +632,11 @@ def pages(readings, runs):
         "README.md": {"reproduced": claims_table(readings)},
         repro: {"repro": table(repro, "repro")},
         modern: {"changes": changes_table(runs, modern), "modern": table(modern, "modern")},
-        ff: {"forward_forward": table(ff, *learnt), "forward_forward runs": ff_table(runs, ff)},
+        ff: {
+            "forward_forward": table(ff, *learnt),
+            "forward_forward runs": ff_table(runs, ff),
+            "peers": peers_table(),
+        },
     } | {page: {"published": table(page, name)} for page, name in studies.items() if has_table(page)}
 
 
