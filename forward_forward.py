@@ -89,6 +89,10 @@ class Layer:
         """The activities (n, width). The next layer gets unit_rms of them, which hides their goodness."""
         return (x @ self.weights + self.biases).relu()
 
+    def outer(self, x, d):
+        """The gradient by the weights, from inputs x (n, inputs) and the derivative by the products."""
+        return x.T @ d
+
     def learn(self, x, config, rate=1):
         """One step up the layer's own log-likelihood, from n positives and then n negatives: x (2n, inputs).
 
@@ -584,18 +588,17 @@ class Gradients(NamedTuple):
     unsure: object  # (n,) images that taught a layer something
 
 
-def layer_gradient(layer, x, h, sums, config, labels=None):
-    """The LayerGradient of n positives and then n negatives, whose activities are h (2n, width).
+def derivative(layer, h, sums, config):
+    """How n positives and then n negatives, with activities h (2n, width), teach a layer.
 
-    The inputs x are (2n, inputs); or (n, inputs) where a positive and its negative have them in common but
-    for the `labels` (2n,), which then take the first ten.
+    Returns the derivative by its products (taught + 1, width): a row for each example that teaches it
+    something, and last the row that peer normalisation adds for every positive. Then which examples those
+    are, the loss, and how many pairs are misordered.
 
     The derivative of temperature * log-likelihood by the logit is 1 - p of positives and -p of negatives. By
-    the activities it is that times the slope of the logit, and by the weights the outer product of this and
-    the inputs. Summed over examples, that is one matrix product; nothing comes from the layers above.
+    the activities it is that times the slope of the logit. Nothing comes from the layers above.
     """
-    goodness, n = SUMS[config.goodness], len(h) // 2
-    width = h.shape[1]
+    goodness, (n, width) = SUMS[config.goodness], (len(h) // 2, h.shape[1])
     logit = goodness.logits(sums, config.threshold, width)
     against = torch.cat([-logit[:n], logit[n:]]) / config.temperature
     wrong_by = torch.sigmoid(against)  # 1 - p of positives, p of negatives
@@ -603,19 +606,31 @@ def layer_gradient(layer, x, h, sums, config, labels=None):
     slopes = torch.where(taught < n, goodness.slope(width), -goodness.slope(width))
     d = (slopes * wrong_by[taught])[:, None]
     d = d * ((h[taught] > 0).float() if goodness.linear else h[taught].float())
-    # Peer normalisation adds the same row for every positive, so it is one more row, of their inputs' sum.
     peer = config.peer * (layer.mean_activity.mean() - layer.mean_activity)
-    d = torch.cat([d, peer[None]])
+    return torch.cat([d, peer[None]]), taught, F.softplus(against).sum(), (logit[:n] <= logit[n:]).sum()
+
+
+def layer_gradient(layer, x, h, sums, config, labels=None):
+    """The LayerGradient of n positives and then n negatives, whose activities are h (2n, width).
+
+    The inputs x are (2n, inputs); or (n, inputs) where a positive and its negative have them in common but
+    for the `labels` (2n,), which then take the first ten.
+
+    By the weights, the derivative is the outer product of that by the products and the inputs. Summed over
+    examples, it is one matrix product.
+    """
+    n = len(h) // 2
+    d, taught, loss, misordered = derivative(layer, h, sums, config)
+    # Peer normalisation adds the same row for every positive, so it is one more row, of their inputs' sum.
     seen = x[taught % len(x)], x[:n].sum(dim=0, keepdim=True)
-    weights = torch.cat(seen).T @ d.to(x.dtype)
+    weights = layer.outer(torch.cat(seen), d.to(x.dtype))
     if labels is not None:
         of_label = F.one_hot(labels[taught], LABELS).float()
         of_label = torch.cat([of_label, torch.bincount(labels[:n], minlength=LABELS)[None].float()])
         weights[:LABELS] += (config.label_scale * of_label.T @ d).to(weights.dtype)
-    biases = d[:-1].sum(dim=0) + n * peer
+    biases = d[:-1].sum(dim=0) + n * d[-1]
     activity = h[:n].sum(dim=0, dtype=torch.float32)
-    misordered = (logit[:n] <= logit[n:]).sum()
-    return LayerGradient(weights, biases, activity, F.softplus(against).sum(), misordered, taught)
+    return LayerGradient(weights, biases, activity, loss, misordered, taught)
 
 
 def gradients(network, images, labels, chance, keys=None):
