@@ -1,7 +1,8 @@
 """What ff_unsupervised and ff_recurrent share: gradients of layers and softmax, the training loop, the table.
 
-A layer's log-likelihood is that of forward_forward.py, and so are its steps. What differs is where a layer's
-inputs come from, so the derivative is taken by a layer's products, and each study makes gradients of it.
+A layer's log-likelihood is that of forward_forward.py, and so are its derivative by the layer's products and
+the steps. What differs is where a layer's inputs come from. As there, a layer computes no gradient for the
+examples that it is sure of, and images that all layers are sure of are shown in some passes only.
 """
 
 from types import SimpleNamespace
@@ -16,13 +17,17 @@ from records import run as runs
 from records.tables import markdown_table, mean_sd, read_runs
 from studies import common
 
-USUAL = {  # as in Hinton's Matlab code; `parts` and `precision` decide the rounding
+USUAL = {  # as in Hinton's Matlab code, but for what is skipped; `parts` and `precision` decide the rounding
     "data": "mnist",
+    "goodness": "ssq",
     "batch_size": 100,
     "parts": 1,
     "lr_hold": 0.5,
     "momentum": 0.9,
     "weight_decay": 1e-3,
+    "skip_threshold": 1e-3,  # with 0, and a revisit_prob of 1, nothing is skipped
+    "revisit_prob": 0.25,
+    "temperature": 1.0,
     "threshold": 1.0,
     "peer": 0.03,
     "head_lr": 0.1,
@@ -30,6 +35,7 @@ USUAL = {  # as in Hinton's Matlab code; `parts` and `precision` decide the roun
     "precision": "bf16",
 }
 SMOKE = {"passes": 2, "smoke_digits": 500}
+VALIDATION = 10_000  # of the training digits
 
 
 class Network:
@@ -53,36 +59,37 @@ def head_gradient(read, logits, labels):
     return (read.T @ error.to(read.dtype)).float(), (logits.argmax(dim=1) != labels).sum()
 
 
-def derivative(layer, h, sums, config, slope=1):
-    """The derivative (2n, width) of a layer's log-likelihood by its products, its loss, and pairs misordered.
+def sample_pass(config, generator, unsure):
+    """The order of the images that are shown, and the image that comes before each of them.
 
-    h (2n, width) are n positives and then n negatives, as in forward_forward.layer_gradient, but no example
-    is skipped. `slope` is that of the activities by the products, where they are not simply a ReLU.
+    `unsure` (n,) are shown in any case, and each of the others with probability revisit_prob. The image
+    before is that in the order of all images, so that it may be one that is not shown.
     """
-    n = len(h) // 2
-    logit = sums - config.threshold * h.shape[1]
-    against = torch.cat([-logit[:n], logit[n:]])
-    twice = torch.full_like(against, 2)  # the derivative of a square is twice what is squared
-    twice[n:] *= -1
-    d = (twice * torch.sigmoid(against))[:, None] * h.float() * slope
-    d[:n] += config.peer * (layer.mean_activity.mean() - layer.mean_activity)
-    return d, F.softplus(against).sum(), (logit[:n] <= logit[n:]).sum()
+    n, device = len(unsure), unsure.device
+    order = torch.from_numpy(generator.permutation(n)).to(device)
+    # A generator of its own: what the other one samples does not depend on what is shown.
+    revisited = generator.spawn(1)[0].random(n) < config.revisit_prob
+    shown = unsure | torch.from_numpy(revisited).to(device)
+    kept = shown[order] if shown.any() else torch.ones_like(shown)
+    return order[kept], order.roll(1)[kept]
 
 
-def train_pass(network, images, labels, seed, number, batch_gradients, progress):
-    """Show all images once, in batches: what the record says of learning, as it was meanwhile.
+def train_pass(network, images, labels, seed, number, batch_gradients, unsure, progress):
+    """Show the images once, in batches, but for those that are skipped: what the record says of learning.
 
-    `batch_gradients` gets images, labels, which of them are chosen (n,), those that come one before these in
-    the order of the pass, random numbers `chance` (n,), and a generator for more.
+    `batch_gradients` gets images, labels, which of them are chosen (n,), those that come one before these,
+    random numbers `chance` (n,), and a generator for more. `unsure` (images,) changes in place.
     """
-    config, n, losses, misordered, misses = network.config, len(labels), 0, 0, 0
+    config, losses, misordered, misses = network.config, 0, 0, 0
     generator = np.random.default_rng((seed, number))
-    order = torch.from_numpy(generator.permutation(n)).to(labels.device)
+    order, before = sample_pass(config, generator, unsure)
+    n = len(order)
     chance = torch.from_numpy(generator.random(n, dtype=np.float32)).to(labels.device)
     for first in range(0, n, config.batch_size):
         batch = slice(first, first + config.batch_size)
-        chosen, before = order[batch], order.roll(1)[batch]
-        found = batch_gradients(network, images, labels, chosen, before, chance[batch], generator)
+        chosen = order[batch]
+        found = batch_gradients(network, images, labels, chosen, before[batch], chance[batch], generator)
+        unsure[chosen] = found.unsure
         rate = ff.lr_schedule((number + first / n) / config.passes, config.lr_hold)
         ff.step(network, [found], len(chosen), rate, ff.Threads(1))
         losses = losses + np.array([float(layer.loss) for layer in found.layers], np.float32)
@@ -93,6 +100,7 @@ def train_pass(network, images, labels, seed, number, batch_gradients, progress)
         "layer_losses": (losses.astype(np.float64) / n).tolist(),
         "layer_errors": (100 * misordered / n).tolist(),
         "softmax_error": 100 * misses / n,
+        "shown": n,
     }
 
 
@@ -108,18 +116,20 @@ def evaluate(network, inputs, labels, answer):
 
 def train_network(network, seed, splits, batch_gradients, answer, progress):
     """Train it: the records of each pass, and of each split after the last pass."""
-    records, passes, n = [], network.config.passes, len(splits["train"][1])
+    records, passes, shown = [], network.config.passes, 0
+    unsure = torch.ones_like(splits["train"][1], dtype=torch.bool)
     for number in range(passes):
-        running = train_pass(network, *splits["train"], seed, number, batch_gradients, progress)
+        running = train_pass(network, *splits["train"], seed, number, batch_gradients, unsure, progress)
+        shown += running["shown"]
         if not np.isfinite(running["layer_losses"]).all():
             raise utils.RunFailed(
                 f"seed {seed}: training diverged in pass {number + 1}: lower the config's lr"
             )
-        records.append({"pass": number + 1, "split": "running", **running, "presentations": (number + 1) * n})
+        records.append({"pass": number + 1, "split": "running", **running, "presentations": shown})
     for split, (inputs, labels) in splits.items():
         loss, misses, errors = evaluate(network, inputs, labels, answer)
         record = runs.evaluation(passes, split, loss, misses, len(labels))
-        records.append(record | {"presentations": passes * n, "errors": errors})
+        records.append(record | {"presentations": shown, "errors": errors})
     return records
 
 
@@ -131,11 +141,18 @@ def run(study, doc, configs, train, argv, prepare):
     parser.add_argument("--configs", nargs="+", choices=configs, default=scaled, metavar="NAME", help=words)
     words = "of matrix products (default: bf16, which is slow on a processor that does not have it)"
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help=words)
+    words = "test on the last 10,000 training digits, which are not trained on, not on the test digits"
+    parser.add_argument("--validation", action="store_true", help=words)
     args = common.parse(parser, argv)
     torch.set_num_threads(1)  # each thread trains a network by itself
     engine, engine_name = ff.pick_engine(args.engine, args.device, args.precision)
     splits, sha256 = common.load_whole_mnist(args.data_root)
     changes = {"precision": args.precision} | (SMOKE if args.smoke else {})
+    suffix = "-fp32" if args.precision == "fp32" else ""
+    if args.validation:
+        (x, y), cut = splits["train"], -VALIDATION
+        splits = {"train": (x[:cut], y[:cut]), "validation": (x[cut:], y[cut:])}
+        changes, suffix = changes | {"validation": VALIDATION}, f"{suffix}-validation"
     if args.smoke:
         splits = {
             split: (x[: SMOKE["smoke_digits"]], y[: SMOKE["smoke_digits"]])
@@ -145,20 +162,25 @@ def run(study, doc, configs, train, argv, prepare):
         split: (prepare(x).to(args.device, engine.dtype), y.to(args.device))
         for split, (x, y) in splits.items()
     }
-    suffix = "-fp32" if args.precision == "fp32" else ""
-    common.run_configs(
+    found = common.run_configs(
         args, study, {name + suffix: {**configs[name], **changes} for name in args.configs},
         lambda config, seed, progress: train(config, seed, splits, engine, progress), sha256,
         work=lambda config: config["passes"] * len(splits["train"][1]),
         engine=engine_name, device=args.device,
     )  # fmt: skip
+    for own in found.values() if args.validation else ():
+        runs.report(own, range(args.seed, args.seed + args.seeds), args.quiet)
     return args, splits
 
 
 def errors_table(folder, sizes_of):
-    """The runs in a folder as a Markdown table, beside what is published; `sizes_of(config)` are widths."""
+    """The runs in a folder as a Markdown table, beside what is published; `sizes_of(config)` are widths.
+
+    Runs with `--validation` are left out, since they have no test error.
+    """
     lines, reference = [], utils.reference("ff")
-    for name, run in read_runs(folder).items():
+    tested = {name: run for name, run in read_runs(folder).items() if "validation" not in run.config}
+    for name, run in tested.items():
         errors = {split: [record["error"] for record in run.final(split)] for split in ("test", "train")}
         seconds = [each for session in run.sessions for each in session["seconds"].values()]
         sizes, published = sizes_of(run.config), reference[name.split("-")[0]]["test_error"]

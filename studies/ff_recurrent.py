@@ -1,7 +1,8 @@
 """Forward-Forward with top-down input (Hinton 2022): an image is shown as a video in which nothing moves.
 
-    python -m studies.ff_recurrent                        # the scaled config: 4 or 5 minutes of one core
-    python -m studies.ff_recurrent --configs recurrent    # as published: an estimated five hours
+    python -m studies.ff_recurrent                        # the scaled config: an estimated 3 or 4 minutes
+    python -m studies.ff_recurrent --configs recurrent    # as published: an estimated hour of one core
+    python -m studies.ff_recurrent --validation           # test on training digits, to choose by
     python -m studies.ff_recurrent --precision fp32       # for processors that have no bfloat16
 
 Every layer gets input from the layer below it and from the layer above it. The image is below the first
@@ -18,10 +19,10 @@ where the accounts of the paper leave something open.
 """
 
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import forward_forward as ff
 import utils
@@ -29,7 +30,6 @@ from studies import common
 from studies.ff_common import (
     USUAL,
     Network,
-    derivative,
     errors_table,
     head_gradient,
     read_softmax,
@@ -61,38 +61,66 @@ def make_layers(config, seed, engine, device="cpu"):
     return [ff.Layer(below + above, width, generator, engine.dtype, device) for below, width, above in around]
 
 
+class State(NamedTuple):
+    """Of a layer: a row for each image, until the label has come down to it; then one for each example."""
+
+    h: object  # (rows, width), float32
+    passed_on: object  # unit_rms of it
+    sums: object  # (rows,) of squares
+    active: object  # what was added to the state before: positive where a unit has a slope
+
+
 def bottom_up(network, images):
-    """The first layer's products with the image, which stay the same, and the first states of all layers."""
-    below, x, states = None, images, []
+    """What the image adds to the products of the first layer, biases included, and the first states."""
+    x, below, states = images, None, []
+    first_row = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     for layer in network.layers:
-        products = (x @ layer.weights_lowp[: x.shape[1]]).float()
-        below = products if below is None else below
-        states.append((products + layer.biases).relu())
-        x = ff.unit_rms(states[-1]).to(images.dtype)
+        products = x @ layer.weights_lowp[: x.shape[1]]
+        below = products + layer.biases if below is None else below
+        h, x, sums = network.engine.activate(products, layer.biases[None], first_row)
+        states.append(State(h.float(), x, sums, h))
     return below, states
 
 
-def iterate(network, below, states, top):
-    """All layers at once: their new states, the slopes of these by the products, and what each layer saw.
+def iterate(network, below, states, labels):
+    """All layers at once: their new states, for examples with these labels.
 
-    `below` is what the image adds to the products of the first layer, and `top` (n, 10) is the label. A new
-    state is the old one in part, and else what comes from the old states below and above, scaled to unit_rms.
+    Example r is image r mod n. `below` (n, width) is what the image adds to the products of the first layer.
+    A new state is the old one in part, and else what comes from what is passed on below and above.
     """
-    keep, around = network.config.keep, [None, *(ff.unit_rms(state).to(top.dtype) for state in states), top]
-    new, slopes = [], []
-    for k, (layer, state) in enumerate(zip(network.layers, states)):
-        low, high = around[k], around[k + 2]
-        inputs = len(layer.weights) - high.shape[1]
-        products = below if low is None else (low @ layer.weights_lowp[:inputs]).float()
-        products = products + high @ layer.weights_lowp[inputs:] + layer.biases
-        new.append(keep * state + (1 - keep) * products.relu())
-        slopes.append((1 - keep) * (products > 0))
-    return new, slopes, list(zip(around, around[2:]))
+    keep, n, last, new = network.config.keep, len(below), len(states) - 1, []
+    for k, (layer, old) in enumerate(zip(network.layers, states)):
+        low = states[k - 1].passed_on if k else None
+        high = states[k + 1].passed_on if k < last else None
+        if not k:  # the image is below, and its products are known
+            products, added = high @ layer.weights_lowp[-high.shape[1] :], below
+            row = torch.arange(n, device=below.device).repeat(len(products) // n)
+        elif k == last:  # the label is above
+            products, added, row = low @ layer.weights_lowp[: low.shape[1]], label_rows(layer), labels
+        else:
+            rows = max(len(low), len(high))
+            around = torch.cat([spread(low, rows), spread(high, rows)], dim=1)
+            products, added = around @ layer.weights_lowp, layer.biases[None]
+            row = torch.zeros(rows, dtype=torch.int64, device=below.device)
+        active, _, _ = network.engine.activate(products, added, row)
+        h = (keep * spread(old.h, len(active))).add_(active, alpha=1 - keep)
+        sums = torch.linalg.vector_norm(h, dim=1).square()
+        scale = torch.rsqrt(sums / h.shape[1] + 1e-8)[:, None]
+        new.append(State(h, torch.mul(h, scale, out=torch.empty_like(active)), sums, active))
+    return new
 
 
-def top_layer(labels, dtype):
-    """The label as a layer of ten units, one of them active, with a root mean square of 1."""
-    return (ff.LABELS**0.5 * F.one_hot(labels, ff.LABELS)).to(dtype)
+def spread(x, rows):
+    """The rows of x, repeated until there are so many."""
+    return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.dim() - 1))
+
+
+def label_rows(layer):
+    """What each label adds to the products of the last layer (10, width), biases included.
+
+    A label is a layer of ten units above, one of them active, with a root mean square of 1.
+    """
+    return ff.LABELS**0.5 * layer.weights[-ff.LABELS :] + layer.biases
 
 
 def gradients(network, images, labels, chance):
@@ -101,28 +129,65 @@ def gradients(network, images, labels, chance):
     assumption: a layer learns at all iterations, as if what it sees and its state before were given, and its
     weights change after the last iteration.
     """
-    n, steps = len(images), network.config.iterations
+    config, n = network.config, len(images)
     below, states = bottom_up(network, images)
-    read, logits = read_softmax(network, [ff.unit_rms(state).to(images.dtype) for state in states])
+    read, logits = read_softmax(network, [state.passed_on for state in states])
     head, misses = head_gradient(read, logits, labels)
     both = torch.cat([labels, ff.sample_negatives(labels, chance, logits)])
-    top, below = top_layer(both, images.dtype), below.repeat(2, 1)
-    states, found = [state.repeat(2, 1) for state in states], [[] for _ in states]
-    for _ in range(steps):
-        states, slopes, seen = iterate(network, below, states, top)
-        for layer, h, slope, own, so_far in zip(network.layers, states, slopes, seen, found):
-            d, *rest = derivative(layer, h, h.square().sum(dim=1), network.config, slope)
-            so_far.append((d / steps, *own, h[:n].sum(dim=0) / steps, *(value / steps for value in rest)))
+    unsure, found = torch.zeros(n, dtype=torch.bool, device=images.device), [[] for _ in states]
+    slope = (1 - config.keep) / config.iterations  # of an active unit's state by its products
+    for _ in range(config.iterations):
+        seen = [state.passed_on for state in states]
+        states = iterate(network, below, states, both)
+        for k, (layer, state) in enumerate(zip(network.layers, states)):
+            around = [seen[other] if 0 <= other < len(seen) else None for other in (k - 1, k + 1)]
+            h, sums = spread(state.h, 2 * n), spread(state.sums, 2 * n)
+            d, taught, *rest = ff.derivative(layer, h, sums, config)
+            d[-1] /= config.iterations
+            d[:-1] *= slope * (state.active[taught % len(state.active)] > 0)
+            if len(state.h) == 2 * n:  # before the label comes down, nobody could tell the two apart
+                unsure[taught % n] = True
+            found[k].append((d, taught, around, h[:n].sum(dim=0), *rest))
     layers = []
-    for k, own in enumerate(found):
-        d, low, high, *sums = zip(*own)
-        total, stacked = sum(d), torch.cat(d).to(images.dtype)
-        # The image and the label are the same at all iterations, so one product does for all of these.
-        low = torch.cat(low).T @ stacked if k else images.T @ (total[:n] + total[n:]).to(images.dtype)
-        high = torch.cat(high).T @ stacked if k + 1 < len(found) else top.T @ total.to(images.dtype)
-        sums = (sum(values) for values in sums)
-        layers.append(ff.LayerGradient(torch.cat([low, high]), total.sum(dim=0), *sums, None))
-    return ff.Gradients(layers, head, misses, None)
+    for layer, own in zip(network.layers, found):
+        d, taught, around, *sums = zip(*own)
+        weights = weight_gradient(layer, images, both, d, taught, *zip(*around))
+        biases = sum(own[:-1].sum(dim=0) + n * own[-1] for own in d)
+        sums = (sum(values) / config.iterations for values in sums)
+        layers.append(ff.LayerGradient(weights, biases, *sums, None))
+    return ff.Gradients(layers, head, misses, unsure)
+
+
+def weight_gradient(layer, images, labels, d, taught, low, high):
+    """The gradient by a layer's weights, of which those from below come first.
+
+    For each iteration there are the rows of forward_forward.derivative, the examples `taught`, and what was
+    passed on from below and from above. None stands for the image and for the label.
+    """
+    n, dtype = len(images), images.dtype
+    weights = torch.empty(layer.weights.shape, dtype=dtype, device=images.device)
+    inputs = images.shape[1] if low[0] is None else low[0].shape[1]
+    stacked = torch.cat(d).to(dtype)
+    for x, part in (low, weights[:inputs]), (high, weights[inputs:]):
+        if x[0] is not None:  # as in forward_forward.layer_gradient, the last row is for all positives
+            seen = [(own[rows % len(own)], own[:n].sum(dim=0)[None]) for own, rows in zip(x, taught)]
+            torch.mm(torch.cat([tensor for pair in seen for tensor in pair]).T, stacked, out=part)
+    # The image and the label stay the same, so d is added up for each of them before it is multiplied.
+    if low[0] is None:
+        image = torch.arange(n, device=images.device).repeat(2)
+        torch.mm(images.T, sum_by(image, n, n, d, taught).to(dtype), out=weights[:inputs])
+    if high[0] is None:
+        weights[inputs:] = ff.LABELS**0.5 * sum_by(labels, ff.LABELS, n, d, taught)
+    return weights
+
+
+def sum_by(group, groups, n, d, taught):
+    """The rows of d, added up for each group (groups, width); `group` (2n,) is that of each example."""
+    total = torch.zeros(groups, d[0].shape[1], device=group.device)
+    positives = torch.bincount(group[:n], minlength=groups)[:, None].float()
+    for own, rows in zip(d, taught):
+        total.index_add_(0, group[rows], own[:-1]).addcmul_(positives, own[-1])
+    return total
 
 
 def batch_gradients(network, images, labels, chosen, before, chance, generator):
@@ -132,15 +197,14 @@ def batch_gradients(network, images, labels, chosen, before, chance, generator):
 
 def answer(network, images):
     """forward_forward.answers_of every layer's goodness, and of the softmax, which reads the first states."""
-    n, labels = len(images), torch.arange(ff.LABELS, device=images.device)
+    n, labels = len(images), torch.arange(ff.LABELS, device=images.device).repeat_interleave(len(images))
     below, states = bottom_up(network, images)
-    _, softmax = read_softmax(network, [ff.unit_rms(state).to(images.dtype) for state in states])
-    top, below = top_layer(labels.repeat_interleave(n), images.dtype), below.repeat(ff.LABELS, 1)
-    states, goodness = [state.repeat(ff.LABELS, 1) for state in states], 0.0  # (layers, labels * n)
+    _, softmax = read_softmax(network, [state.passed_on for state in states])
+    goodness = 0.0  # (layers, labels * n)
     for iteration in range(1, network.config.last_read + 1):
-        states = iterate(network, below, states, top)[0]
+        states = iterate(network, below, states, labels)
         if iteration >= network.config.first_read:
-            goodness += torch.stack([state.square().sum(dim=1) for state in states])
+            goodness += torch.stack([spread(state.sums, len(labels)) for state in states])
     return ff.answers_of(goodness.view(-1, ff.LABELS, n).transpose(1, 2), softmax)
 
 

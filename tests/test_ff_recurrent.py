@@ -1,10 +1,11 @@
 import functools
+import itertools
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ff_unsupervised import digits, environment, examples, nothing
+from test_ff_unsupervised import UNSKIPPED, digits, environment, examples, likelihood_of, nothing
 
 import forward_forward as ff
 import prepro
@@ -62,8 +63,11 @@ def parameters(network):
 
 @pytest.mark.parametrize("layers", [2, 3])
 @pytest.mark.parametrize("peer", [0.0, 0.5])
-def test_gradients_against_autograd_in_float64(layers, peer):
-    network = network_of(layers=layers, peer=peer)
+@pytest.mark.parametrize(
+    "skipping", [{}, {"skip_threshold": 0.4}, {"skip_threshold": 0.4, "temperature": 3.0}]
+)
+def test_gradients_against_autograd_in_float64(layers, peer, skipping):
+    network = network_of(layers=layers, peer=peer, **UNSKIPPED | skipping)
     (images, _, labels), chance = examples(), torch.rand(9, generator=torch.Generator().manual_seed(5))
     n, found = len(images), study.gradients(network, images, labels, chance)
     weights, biases = parameters(network)
@@ -78,12 +82,16 @@ def test_gradients_against_autograd_in_float64(layers, peer):
     softmax = first @ head
     objective = -F.cross_entropy(softmax, labels, reduction="sum")
     losses, misordered, activity = np.zeros(layers), np.zeros((2, layers)), [0] * layers
-    for z, states in iterations:
+    unsure, rows = torch.zeros(n, dtype=torch.bool), 0
+    for iteration, (z, states) in enumerate(iterations, start=1):
         for k, (layer, own, h) in enumerate(zip(network.layers, z, states)):
             logit = h.square().sum(dim=1) - h.shape[1]
-            likelihood = F.logsigmoid(logit[:n]).sum() + F.logsigmoid(-logit[n:]).sum()
+            taught_by, likelihood, taught = likelihood_of(logit, network.config)
+            rows += int(taught.sum())
+            if iteration >= layers - k:  # the label has come down to this layer
+                unsure |= taught.view(2, n).any(dim=0)
             pull = peer * (layer.mean_activity.mean() - layer.mean_activity).double()
-            objective = objective + (likelihood + (own[:n] * pull).sum()) / 8
+            objective = objective + (taught_by + (own[:n] * pull).sum()) / 8
             losses[k] -= float(likelihood.detach()) / 8
             # At the first iteration the label has not come down yet, and all pairs are ties but for rounding.
             for bound, margin in zip(misordered, (-1e-4, 1e-4)):
@@ -101,6 +109,31 @@ def test_gradients_against_autograd_in_float64(layers, peer):
         np.testing.assert_allclose(float(own.loss), losses[k], rtol=1e-5)
         assert misordered[0, k] <= float(own.misordered) <= misordered[1, k]
     assert misordered[0, -1] == misordered[1, -1]  # the top layer sees the label at once
+    assert torch.equal(found.unsure, unsure)
+    everything = 8 * layers * 2 * n
+    assert 0 < rows < everything if skipping else rows == everything
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_before_the_label_has_come_down_a_layer_makes_no_image_unsure(layers, monkeypatch):
+    """Where a positive and its negative are still the same, no layer can be right about both."""
+    network, (images, _, labels), true = network_of(layers=layers), examples(), ff.derivative
+
+    def unsure(only):
+        """Which images are unsure if they teach something at this iteration to this layer alone."""
+        calls = []
+
+        def derivative(layer, h, *rest):
+            d, _, *others = true(layer, h, *rest)
+            calls.append(1)
+            taught = torch.arange(len(h) if len(calls) - 1 == only else 0)
+            return torch.cat([torch.ones(len(taught), h.shape[1]), d[-1:]]), taught, *others
+
+        monkeypatch.setattr(ff, "derivative", derivative)
+        return study.gradients(network, images, labels, torch.rand(9)).unsure.tolist()
+
+    for iteration, layer in itertools.product(range(3), range(layers)):
+        assert unsure(iteration * layers + layer) == [iteration + 1 >= layers - layer] * 9
 
 
 def test_a_layer_learns_by_its_own_goodness_alone():
@@ -121,11 +154,12 @@ def test_iterations_are_synchronous_and_keep_three_tenths_of_a_state():
     images, _, labels = examples()
     below, states = study.bottom_up(network, images)
     found, first = naive(network, *parameters(network), images, labels)
-    top = study.top_layer(labels, torch.float32)
     for _, expected in found:
-        states, _, _ = study.iterate(network, below, states, top)
+        states = study.iterate(network, below, states, labels)
         for state, own in zip(states, expected):
-            torch.testing.assert_close(state.double(), own.detach(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(state.h.double(), own.detach(), rtol=1e-5, atol=1e-5)
+            length = own.detach().square().sum(dim=1)
+            torch.testing.assert_close(state.sums.double(), length, rtol=1e-5, atol=1e-5)
     logits = study.answer(network, images)
     assert list(logits) == ["all", "skip-first", "softmax", "all-softmax"]  # the first is the answer
     softmax = first @ network.head.double()
@@ -146,9 +180,8 @@ def test_the_label_comes_down_by_one_layer_in_an_iteration():
     for label in (0, 1):
         own, after = states, []
         for _ in range(3):
-            top = study.top_layer(torch.full((len(images),), label), torch.float32)
-            own = study.iterate(network, below, own, top)[0]
-            after.append(own)
+            own = study.iterate(network, below, own, torch.full((len(images),), label))
+            after.append([state.h for state in own])
         runs.append(after)
     differ = [[not torch.equal(a, b) for a, b in zip(*pair)] for pair in zip(*runs)]
     assert differ == [[False, False, True], [False, True, True], [True, True, True]]

@@ -17,11 +17,17 @@ from studies import ff_unsupervised as study
 
 ENGINE = ff.TorchOps(torch.float32)
 CONFIG = {**study.DENSE, "layers": 2, "width": 15, "batch_size": 50, "passes": 4, "lr": 0.01, "peer": 0.0}
+UNSKIPPED = {"skip_threshold": 0.0, "revisit_prob": 1.0, "temperature": 1.0}
 environment = functools.cache(utils.environment)  # git, once
 
 
 def nothing(n):
     """As the progress bar of a run."""
+
+
+def all_of(labels):
+    """That all images are to be shown."""
+    return torch.ones_like(labels, dtype=torch.bool)
 
 
 def small_fields():
@@ -41,6 +47,12 @@ def network_of(fields="whole", seed=0, engine=ENGINE, **changes):
         layer.mean_activity.uniform_(0, 1, generator=generator)
     network.head.normal_(0, 0.3, generator=generator)
     return network
+
+
+def one_pass(network, images, labels, seed=0, number=0, unsure=None):
+    unsure = all_of(labels) if unsure is None else unsure
+    given = images, labels, seed, number, study.batch_gradients, unsure, nothing
+    return ff_common.train_pass(network, *given)
 
 
 @pytest.fixture
@@ -110,7 +122,7 @@ def test_the_two_are_never_the_same_and_pairs_and_masks_are_fresh(monkeypatch, n
     for number in range(2):
         seen.clear()
         labels = torch.zeros(n, dtype=torch.long)
-        ff_common.train_pass(network, images, labels, 1, number, study.batch_gradients, nothing)
+        one_pass(network, images, labels, 1, number)
         first, others, bits = (torch.cat(column) for column in zip(*seen))
         assert sorted(first.tolist()) == sorted(others.tolist()) == list(range(n))
         assert not (first == others).any()
@@ -128,7 +140,7 @@ def test_positives_and_hybrids_have_the_same_length(monkeypatch):
 
     monkeypatch.setattr(study, "gradients", record)
     images, labels = torch.rand(20, 784), torch.arange(20) % 10
-    ff_common.train_pass(network_of(), images, labels, 0, 0, study.batch_gradients, nothing)
+    one_pass(network_of(), images, labels)
     for x in seen[0]:
         torch.testing.assert_close(x.square().mean(dim=1), torch.ones(20))
     assert not torch.equal(*seen[0])
@@ -147,8 +159,17 @@ def as_matrix(layer, weights, inputs):
     return torch.cat(columns, dim=1)
 
 
+def likelihood_of(logit, config):
+    """Of n positives and n negatives: the log-likelihood of those that teach, of all, and who teaches."""
+    n = len(logit) // 2
+    margin = torch.cat([logit[:n], -logit[n:]]) / config.temperature
+    taught = torch.sigmoid(-margin) > config.skip_threshold
+    return config.temperature * F.logsigmoid(margin[taught]).sum(), F.logsigmoid(margin).sum(), taught
+
+
 def naive_losses(network, weights, biases, images, others):
-    """In float64: of each layer the objective, its plain log-likelihood, activities, and what is passed on.
+    """In float64: of each layer the objective, its plain log-likelihood, activities, logits, what is passed
+    on, and which examples teach it.
 
     No gradient crosses what is passed on.
     """
@@ -158,36 +179,132 @@ def naive_losses(network, weights, biases, images, others):
         h = z.relu()
         x = (h / (h.square().mean(dim=1, keepdim=True) + 1e-8).sqrt()).detach()
         logit = h.square().sum(dim=1) - h.shape[1]
-        likelihood = F.logsigmoid(logit[:n]).sum() + F.logsigmoid(-logit[n:]).sum()
+        objective, likelihood, taught = likelihood_of(logit, network.config)
         pull = network.config.peer * (layer.mean_activity.mean() - layer.mean_activity).double()
-        found.append((likelihood + (z[:n] * pull).sum(), likelihood, h, logit, x))
+        found.append((objective + (z[:n] * pull).sum(), likelihood, h, logit, x, taught))
     return found
 
 
-@pytest.mark.parametrize("peer", [0.0, 0.5])
-@pytest.mark.parametrize("fields", ["whole", "local"])
-def test_gradients_against_autograd_in_float64(fields, peer, small):
-    network = network_of(fields, peer=peer)
-    images, others, labels = examples()
-    n, found = len(images), study.gradients(network, images, others, labels)
+def naive_gradients(network, images, others, labels):
+    """In float64, by autograd: of all weights, all biases and the head; the layers' losses; the logits."""
     weights = [layer.weights.double().requires_grad_() for layer in network.layers]
     biases = [layer.biases.double().requires_grad_() for layer in network.layers]
     head = network.head.double().requires_grad_()
     layers = naive_losses(network, weights, biases, images, others)
-    softmax = layers[1][-1][:n] @ head
+    softmax = layers[1][4][: len(images)] @ head
     objective = sum(own[0] for own in layers) - F.cross_entropy(softmax, labels, reduction="sum")
-    true = torch.autograd.grad(objective, [*weights, *biases, head])
+    return torch.autograd.grad(objective, [*weights, *biases, head]), layers, softmax
+
+
+@pytest.mark.parametrize(
+    "skipping", [{}, {"skip_threshold": 0.4}, {"skip_threshold": 0.4, "temperature": 3.0}]
+)
+@pytest.mark.parametrize("peer", [0.0, 0.5])
+@pytest.mark.parametrize("fields", ["whole", "local"])
+def test_gradients_against_autograd_in_float64(fields, peer, skipping, small):
+    network = network_of(fields, peer=peer, **UNSKIPPED | skipping)
+    images, others, labels = examples()
+    n, found = len(images), study.gradients(network, images, others, labels)
+    true, layers, softmax = naive_gradients(network, images, others, labels)
     # The largest error measured is 1e-5.
     close = functools.partial(torch.testing.assert_close, rtol=5e-5, atol=5e-5, check_dtype=False)
     close(found.head, true[-1])
     assert int(found.misses) == int((softmax.argmax(dim=1) != labels).sum())
-    for k, (own, (_, likelihood, h, logit, _)) in enumerate(zip(found.layers, layers)):
+    unsure = torch.zeros(n, dtype=torch.bool)
+    for k, (own, (_, likelihood, h, logit, _, taught)) in enumerate(zip(found.layers, layers)):
         assert true[k].abs().max() > 1e-2  # there is something to compare
         close(own.weights, true[k])
         close(own.biases, true[2 + k])
         close(own.loss, -likelihood)
         close(own.activity, h[:n].sum(dim=0))
         assert int(own.misordered) == int((logit[:n] <= logit[n:]).sum())
+        assert own.taught.tolist() == taught.nonzero()[:, 0].tolist()
+        assert 0 < len(own.taught) < 2 * n if skipping else len(own.taught) == 2 * n
+        unsure |= taught.view(2, n).any(dim=0)
+    assert torch.equal(found.unsure, unsure)
+
+
+@pytest.mark.parametrize("fields", ["whole", "local"])
+def test_layers_that_are_sure_of_everything_follow_their_peers_alone(fields, small):
+    found = study.gradients(network_of(fields, peer=0.5, skip_threshold=0.9999999), *examples())
+    for own in found.layers:
+        assert len(own.taught) == 0 and own.weights.abs().max() > 0
+    assert not found.unsure.any()
+    found = study.gradients(network_of(fields, peer=0.0, skip_threshold=0.9999999), *examples())
+    assert not any(own.weights.any() or own.biases.any() for own in found.layers)
+
+
+# Skipping
+
+
+def test_without_skipping_every_image_is_shown_once_and_layers_learn_as_by_autograd():
+    """Two passes, written out: all in the order of the pass, with the one before and fresh bits."""
+    network, n = network_of(batch_size=8, peer=0.5, lr=0.03, **UNSKIPPED), 20
+    plain = network_of(batch_size=8, peer=0.5, lr=0.03, **UNSKIPPED)
+    images, labels = torch.rand(n, 784, generator=torch.Generator().manual_seed(1)), torch.arange(n) % 10
+    for number in range(2):
+        # Whoever was sure before makes no difference.
+        record = one_pass(network, images, labels, 5, number, unsure=torch.zeros(n, dtype=torch.bool))
+        assert record["shown"] == n
+        generator, losses = np.random.default_rng((5, number)), np.zeros(2)
+        order = torch.from_numpy(generator.permutation(n))
+        generator.random(n, dtype=np.float32)  # by which the recurrent network chooses its negatives
+        for first in range(0, n, 8):
+            chosen, before = order[first : first + 8], order.roll(1)[first : first + 8]
+            bits = torch.from_numpy(generator.integers(0, 2, (len(chosen), 28, 28), dtype=np.uint8))
+            mixed = study.hybrids(images[chosen], images[before], bits, 6)
+            pair = ff.unit_rms(images[chosen]), ff.unit_rms(mixed)
+            true, layers, _ = naive_gradients(plain, *pair, labels[chosen])
+            rate = ff.lr_schedule((number + first / n) / 4, 0.5)
+            for k, (layer, own) in enumerate(zip(plain.layers, layers)):
+                gradients = [true[k].float() / len(chosen), true[2 + k].float() / len(chosen)]
+                ff.ascend(layer.weights, layer.velocity, gradients[0], 0.9, 0.03 * rate, 1e-3)
+                ff.ascend(layer.biases, layer.bias_velocity, gradients[1], 0.9, 0.03 * rate)
+                layer.mean_activity.lerp_(own[2][: len(chosen)].detach().mean(dim=0).float(), 0.1)
+                losses[k] -= float(own[1].detach())
+            gradient = true[-1].float() / len(chosen)
+            ff.ascend(plain.head, plain.head_velocity, gradient, 0.9, 0.1 * rate, 3e-3)
+        np.testing.assert_allclose(record["layer_losses"], losses / n, rtol=1e-4)
+    for fast, slow in zip(network.layers, plain.layers):
+        torch.testing.assert_close(fast.weights, slow.weights, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fast.biases, slow.biases, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network.head, plain.head, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.quick
+def test_who_is_sure_is_shown_with_a_probability_and_any_image_may_be_mixed_in():
+    config, unsure = SimpleNamespace(revisit_prob=0.25), torch.zeros(4000, dtype=torch.bool)
+    unsure[:1000] = True
+
+    def sample(prob, number=0):
+        config.revisit_prob = prob
+        return ff_common.sample_pass(config, np.random.default_rng((1, number)), unsure)
+
+    order, before = sample(0.25)
+    assert len(set(order.tolist())) == len(order) and {*range(1000)} <= {*order.tolist()}
+    assert abs(len(order) - 1750) < 100  # the standard deviation is 24
+    assert not (order == before).any() and abs(float((before < 1000).float().mean()) - 0.25) < 0.05
+    assert not torch.equal(sample(0.25, 1)[0], order)
+    assert sorted(sample(0.0)[0].tolist()) == [*range(1000)]
+    everything, before = sample(1.0)
+    assert torch.equal(everything, torch.from_numpy(np.random.default_rng((1, 0)).permutation(4000)))
+    assert torch.equal(before, everything.roll(1))
+    unsure[:] = False
+    assert len(sample(0.0)[0]) == 4000  # a pass is never empty
+    unsure[7] = True
+    order, before = sample(0.0)
+    assert order.tolist() == [7] and before.tolist() != [7]  # one alone is mixed with another, too
+
+
+def test_a_pass_shows_the_unsure_and_marks_who_is_sure():
+    images, labels = torch.rand(30, 784), torch.arange(30) % 10
+    unsure = torch.arange(30) < 12
+    record = one_pass(network_of(batch_size=5, revisit_prob=0.0), images, labels, unsure=unsure)
+    assert record["shown"] == 12
+    unsure = all_of(labels)
+    network = network_of(batch_size=5, skip_threshold=0.9999999)  # all are sure at once
+    assert one_pass(network, images, labels, unsure=unsure)["shown"] == 30 and not unsure.any()
+    assert one_pass(network, images, labels, unsure=unsure)["shown"] < 20  # it is about a quarter
 
 
 @pytest.mark.parametrize("fields", ["whole", "local"])
@@ -209,14 +326,13 @@ def test_a_local_layer_with_one_place_is_a_dense_layer():
     assert torch.equal(local.weights[0], dense.weights)
     x, _, _ = examples(8, 30)
     found = [study.activate(layer, x, ENGINE) for layer in (dense, local)]
-    for of_dense, of_local in zip(found[0][1:], found[1][1:]):
+    for of_dense, of_local in zip(*found):
         torch.testing.assert_close(of_local, of_dense)
-    assert found[0][1].shape == (8, 7)
+    assert found[0][0].shape == (8, 7)
     config, d = SimpleNamespace(**CONFIG), torch.randn(8, 7)
-    torch.testing.assert_close(study.outer(local, found[1][0], d)[0], study.outer(dense, x, d))
-    for layer, (seen, h, _, sums) in zip((dense, local), found):
-        d, _, _ = ff_common.derivative(layer, h, sums, config)
-        own = ff.LayerGradient(study.outer(layer, seen, d), d.sum(dim=0), h[:4].sum(dim=0), 0, 0, None)
+    torch.testing.assert_close(local.outer(x, d)[0], dense.outer(x, d))
+    for layer, (h, _, sums) in zip((dense, local), found):
+        own = ff.layer_gradient(layer, x, h, sums, config)
         ff.step_layer(layer, [own], 4, 1, config, ENGINE, ff.Threads(1))
     torch.testing.assert_close(local.weights[0], dense.weights)
     assert not torch.equal(
@@ -251,7 +367,7 @@ def test_a_unit_sees_its_field_alone_and_no_weight_is_shared(small):
     assert seen[:, 5].view(28, 28)[:10, 18:].all()  # the first unit of the second place
     assert len(matrix[seen].unique()) == len(matrix[seen])
     x = examples()[0]
-    h = study.activate(layer, x, ENGINE)[1]
+    h = study.activate(layer, x, ENGINE)[0]
     torch.testing.assert_close(h, (x @ matrix + layer.biases).relu(), rtol=1e-5, atol=1e-5)
 
 
@@ -302,13 +418,37 @@ def test_smoke_gives_the_same_bytes_with_any_number_of_threads(on_strokes, tmp_p
         records = run.records[1337]
         splits = [(record["pass"], record["split"]) for record in records]
         assert splits == [(1, "running"), (2, "running"), (2, "train"), (2, "test")]
-        assert records[-1]["n"] == 400 and records[-2]["n"] == 500 and records[-1]["presentations"] == 1000
+        assert records[-1]["n"] == 400 and records[-2]["n"] == 500
+        assert records[0]["shown"] == records[0]["presentations"] == 500
+        assert records[1]["presentations"] == records[-1]["presentations"] == 500 + records[1]["shown"]
         texts.append((out / "unsupervised-scaled-fp32.jsonl").read_bytes())
         assert (out / "hybrids.png").stat().st_size > 10_000
     assert texts[0] == texts[1]
     assert "| unsupervised-scaled-fp32 | 30-30-30-30 | 2 |" in capsys.readouterr().out
     assert study.main(flags + ["--configs", "unsupervised"]) == 0  # what is there is not trained again
     assert (out / "unsupervised-scaled-fp32.jsonl").read_bytes() == texts[1]
+
+
+def test_validation_holds_the_last_training_digits_out(on_strokes, tmp_path, capsys, monkeypatch):
+    seen, true = {}, study.train
+    monkeypatch.setattr(ff_common, "VALIDATION", 300)
+    monkeypatch.setitem(ff_common.SMOKE, "smoke_digits", 1800)
+
+    def record(config, seed, splits, *rest):
+        seen.update(splits)
+        return true(config, seed, splits, *rest)
+
+    monkeypatch.setattr(study, "train", record)
+    assert study.main([*SMOKE, "--validation", "--configs", "unsupervised", "--out", str(tmp_path)]) == 0
+    images, labels = common.load_whole_mnist()[0]["train"]
+    assert seen.keys() == {"train", "validation"}
+    for split, own in ("train", slice(None, 1700)), ("validation", slice(1700, None)):
+        assert torch.equal(seen[split][0], images[own]) and torch.equal(seen[split][1], labels[own])
+    run = read_run(tmp_path / "unsupervised-fp32-validation.jsonl")
+    assert run.config["validation"] == 300 and run.final("validation")[0]["n"] == 300
+    assert not run.final("test")
+    out = capsys.readouterr().out
+    assert "split validation" in out and "| unsupervised" not in out
 
 
 @pytest.mark.parametrize("fields", ["whole", "local"])
