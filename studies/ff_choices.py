@@ -27,8 +27,7 @@ PAGE = utils.ROOT / "results" / "ff_choices" / "README.md"
 VALIDATION = 10_000
 PRESETS = {  # name -> a preset of forward_forward.py, and what makes it quicker to try
     "short": ("ours", {"passes": 8}),
-    "jitter": ("hinton-jitter", {"width": 1000, "passes": 150}),
-    "jitter-long": ("hinton-jitter", {"width": 1000, "passes": 450}),
+    "jitter": ("hinton-jitter", {"passes": 150}),
     "four-layers": ("hinton", {"width": 1000}),
 } | {preset: (preset, {}) for preset in ff.PRESETS}
 OTHERS = {  # preset -> field -> what else it might be
@@ -49,7 +48,6 @@ OTHERS = {  # preset -> field -> what else it might be
         "lr": (0.015,),
         "revisit_prob": (0.1,),
     },
-    "jitter-long": {"dropout": (0.1, 0.2), "layers": (3,), "width": (2000,)},
     "four-layers": {
         "layers": (1, 2, 3),
         "temperature": (4.0,),
@@ -70,7 +68,7 @@ OTHERS = {  # preset -> field -> what else it might be
         "revisit_prob": (0.5, 1.0),
     },
     "permutation-invariant": {
-        "temperature": (1.0, 16.0),
+        "temperature": (4.0,),
         "dropout": (0.0, 0.4),
         "lr": (0.005, 0.02),
         "weight_decay": (3e-3, 3e-2),
@@ -78,7 +76,7 @@ OTHERS = {  # preset -> field -> what else it might be
         "layers": (3,),
     },
     "hinton": {"temperature": (4.0,)},
-    "hinton-jitter": {},
+    "hinton-jitter": {"dropout": (0.1,)},
     "standard": {
         "skip_threshold": (0.0,),
         "temperature": (4.0, 16.0),

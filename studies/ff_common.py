@@ -133,12 +133,14 @@ def train_network(network, seed, splits, batch_gradients, answer, progress):
     return records
 
 
-def run(study, doc, configs, train, argv, prepare):
-    """Train what the command line asks for: its flags, and the splits, whose images `prepare` has changed."""
+def run(study, doc, configs, usual, train, argv, prepare):
+    """Train what the command line asks for: its flags, and the splits, whose images `prepare` has changed.
+
+    `configs` are all, by name, and `usual` the names of those that are trained unless others are asked for.
+    """
     parser = common.study_flags(study, doc, seed=1337, seeds=1)
-    scaled = [name for name in configs if name.endswith("-scaled")]
-    words = f"which to train, of {', '.join(configs)} (default: {' '.join(scaled)})"
-    parser.add_argument("--configs", nargs="+", choices=configs, default=scaled, metavar="NAME", help=words)
+    words = f"which to train, of {', '.join(configs)} (default: {' '.join(usual)})"
+    parser.add_argument("--configs", nargs="+", choices=configs, default=usual, metavar="NAME", help=words)
     words = "of matrix products (default: bf16, which is slow on a processor that does not have it)"
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help=words)
     words = "test on the last 10,000 training digits, which are not trained on, not on the test digits"

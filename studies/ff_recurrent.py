@@ -223,7 +223,7 @@ def tables(folder=PAGE.parent):
 
 @utils.exit_status
 def main(argv=None):
-    args, _ = run("ff_recurrent", __doc__, CONFIGS, train, argv, prepare=ff.unit_rms)
+    args, _ = run("ff_recurrent", __doc__, CONFIGS, ["recurrent-scaled"], train, argv, prepare=ff.unit_rms)
     common.show(args, PAGE, tables(args.out))
 
 

@@ -1,8 +1,7 @@
 """Forward-Forward without labels (Hinton 2022): negatives are hybrids of two digits.
 
-    python -m studies.ff_unsupervised                           # scaled configs: an estimated 2 minutes each
+    python -m studies.ff_unsupervised                           # unsupervised-scaled, and local as published
     python -m studies.ff_unsupervised --configs unsupervised    # as published: an estimated half an hour
-    python -m studies.ff_unsupervised --configs local           # as published: an estimated five minutes
     python -m studies.ff_unsupervised --validation              # test on training digits, to choose by
     python -m studies.ff_unsupervised --precision fp32          # for processors that have no bfloat16
 
@@ -48,8 +47,8 @@ CONFIGS = {
     "unsupervised": DENSE,
     "unsupervised-scaled": {**DENSE, "width": 1000, "passes": 15},
     "local": LOCAL,
-    "local-scaled": {**LOCAL, "passes": 15},
 }
+USUAL_CONFIGS = ["unsupervised-scaled", "local"]
 
 
 # Hybrid images
@@ -202,7 +201,9 @@ def tables(folder=PAGE.parent):
 
 @utils.exit_status
 def main(argv=None):
-    args, splits = run("ff_unsupervised", __doc__, CONFIGS, train, argv, prepare=lambda images: images)
+    args, splits = run(
+        "ff_unsupervised", __doc__, CONFIGS, USUAL_CONFIGS, train, argv, prepare=lambda images: images
+    )
     figures.save(
         plot_hybrids(splits["train"][0][:11].float().cpu(), HYBRID["blurs"]), args.out / "hybrids.png"
     )
