@@ -849,8 +849,7 @@ COMMITTED = {
     "mnist": {},
     "mnist-permutation-invariant": {"preset": "permutation-invariant"},
     "mnist-hinton": {"preset": "hinton"},
-    "mnist-width1000-passes100-jitter2-parts2": {"width": 1000, "passes": 100, "jitter": 2, "parts": 2},
-    "mnist-width1000-passes260-jitter2-parts2": {"width": 1000, "passes": 260, "jitter": 2, "parts": 2},
+    "mnist-hinton-jitter": {"preset": "hinton-jitter"},
 }
 
 
