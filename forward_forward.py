@@ -358,7 +358,7 @@ PRESETS = {
         "batch_size": 100,
         "parts": 2,
         "lr": 0.01,
-        "weight_decay": 1e-2,
+        "weight_decay": 3e-2,
         "dropout": 0.2,
         "read_out": "all-softmax",
     },
