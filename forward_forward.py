@@ -2,6 +2,7 @@
 
     python forward_forward.py                                  # MNIST, images moved by up to a pixel: 1 min
     python forward_forward.py --preset permutation-invariant   # images left as they are: 3 minutes
+    python forward_forward.py --preset hinton-jitter           # images moved by up to two: 10 minutes
     python forward_forward.py --preset hinton                  # his four layers of 2,000 units: 8 minutes
     python -m studies.ff_article                               # another protocol, that of Neoflex 2023
     python forward_forward.py --weights results/forward_forward/mnist-seed1337.npz digit.png   # what is it?
@@ -24,7 +25,8 @@ units are kept about equally active, and gradients are smoothed. The numbers in 
 chosen one after the other, in factors of two or three, by the errors on the last 10,000 of the 60,000
 training digits (`--validation 10000`); studies/ff_choices.py puts such choices on record. Two things are new,
 and make training several times as fast: a layer computes no gradient for examples that it is already sure of,
-and images that all layers are sure of are shown in one pass out of four.
+and images that all layers are sure of are shown in one pass out of four. A temperature above 1, which asks
+layers for a wider margin, is new, too.
 """
 
 import argparse
