@@ -159,31 +159,6 @@ def plain_neutral(network, images, keys=None):
     return torch.cat(read, dim=1)
 
 
-def drop(x, keys, dropout):
-    """x (n, width) with dropout (Hinton et al. 2012): that part of it is 0, and the rest is scaled up.
-
-    What is dropped depends on the row's key and the column; without keys, as after training, it is nothing.
-    A hash makes random numbers of these two: lowbias32 (Wellons 2018, nullprogram.com/blog/2018/07/31).
-    """
-    if keys is None or not dropout:
-        return x
-    bits = (keys[:, None] + torch.arange(x.shape[1], device=x.device) * 0x9E3779B9) & WORD
-    for right, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        bits = (bits ^ (bits >> right)) * factor & WORD
-    return torch.where(bits ^ (bits >> 16) >= int(dropout * 2**32), x / (1 - dropout), 0)
-
-
-WORD = 2**32 - 1
-NEUTRAL, POSITIVE, NEGATIVE = range(3)
-
-
-def keys_of(keys, layer, *kinds):
-    """The keys (len(kinds) * n,) of a layer for examples of these kinds, from those of the images (n,)."""
-    if keys is None:
-        return None
-    return torch.cat([(keys + (3 * layer + kind) * 0x85EBCA6B) & WORD for kind in kinds])
-
-
 def plain_pass(network, inputs, labels, shape, seed, number, unsure):
     """Show the images once, in batches, but for those that are skipped: each layer's mean loss."""
     config, losses = network.config, 0
@@ -289,6 +264,31 @@ def shift(images, chosen, shifts):
     shifted = (images[chosen[:, None, None], rows, columns] * inside).flatten(1)
     shifted[:, :LABELS] = 0
     return shifted
+
+
+def drop(x, keys, dropout):
+    """x (n, width) with dropout (Hinton et al. 2012): that part of it is 0, and the rest is scaled up.
+
+    What is dropped depends on the row's key and the column; without keys, as after training, it is nothing.
+    A hash makes random numbers of these two: lowbias32 (Wellons 2018, nullprogram.com/blog/2018/07/31).
+    """
+    if keys is None or not dropout:
+        return x
+    bits = (keys[:, None] + torch.arange(x.shape[1], device=x.device) * 0x9E3779B9) & WORD
+    for right, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = (bits ^ (bits >> right)) * factor & WORD
+    return torch.where(bits ^ (bits >> 16) >= int(dropout * 2**32), x / (1 - dropout), 0)
+
+
+WORD = 2**32 - 1
+NEUTRAL, POSITIVE, NEGATIVE = range(3)
+
+
+def keys_of(keys, layer, *kinds):
+    """The keys (len(kinds) * n,) of a layer for examples of these kinds, from those of the images (n,)."""
+    if keys is None:
+        return None
+    return torch.cat([(keys + (3 * layer + kind) * 0x85EBCA6B) & WORD for kind in kinds])
 
 
 def lr_schedule(done, lr_hold):
