@@ -8,6 +8,9 @@
 // and adds them up, a cell's two numbers together. Units are in the lanes, in three vectors, and each input is
 // multiplied by them all, for several examples at once, so that the sums stay in registers.
 //
+// More than a third of the products would be by zeros, which are skipped where that is cheap: a row of the patch is
+// multiplied by the vectors of which a unit sees it, and what is beyond the border of the map is not multiplied.
+//
 // No function keeps anything from call to call, so that threads may call at once.
 
 #include <stdint.h>
@@ -83,6 +86,34 @@ INLINE cells broadcast(const void *p) {
 INLINE int64_t units_at(int i, int j, int row) { return ((i * TILE + row) * SIDE + j * TILE) * MAPS; }
 INLINE int64_t inputs_at(int i, int j, int row) { return ((i * TILE + row) * PADDED + j * TILE) * MAPS; }
 
+// The rows of a patch, or the columns, that are within the map, from the first to before the end; its tile is the ith
+// down, or to the right.
+INLINE int first_inside(int i) { return FIELD / 2 > i * TILE ? FIELD / 2 - i * TILE : 0; }
+INLINE int end_inside(int i) { return FIELD / 2 + SIDE < i * TILE + PATCH ? FIELD / 2 + SIDE - i * TILE : PATCH; }
+
+// Calls f with the vectors, from the first to before the end, of which a unit sees this row of the patch. They are
+// constants, so that f's sums stay in registers. The units in row r of a tile, 12r to 12r + 11, see rows r to r + 10.
+#define WITH_VECTORS_OF_ROW(row, f, ...)               \
+    switch (row) {                                     \
+        case 0: f(__VA_ARGS__, 0, 1); break;           \
+        case 1: f(__VA_ARGS__, 0, 2); break;           \
+        case PATCH - 2: f(__VA_ARGS__, 1, 3); break;   \
+        case PATCH - 1: f(__VA_ARGS__, 2, 3); break;   \
+        default: f(__VA_ARGS__, 0, 3);                 \
+    }
+
+// Adds the products of cells [first, end) of a row of the patch, which begins `at` so many numbers after `from`.
+INLINE void multiply_row(vec sums[EXAMPLES][VECTORS], const number *const *from, int64_t at,
+                         const uint32_t (*weights)[UNITS], int first, int end, int first_vector, int end_vector) {
+    for (int k = first; k < end; k++) {
+        UNROLL for (int e = 0; e < EXAMPLES; e++) {
+            cells input = broadcast(from[e] + at + k * GROUP);
+            UNROLL for (int v = first_vector; v < end_vector; v++)
+                sums[e][v] = multiply_add(sums[e][v], input, load(weights[k] + v * LANES));
+        }
+    }
+}
+
 // out (n, 32, 32, 3): the products of padded x (n, 42, 42, 3) and weights (64, 588, 48).
 void products(const number *restrict x, const number *restrict weights, int64_t n, number *restrict out) {
     const int64_t image = PADDED * PADDED * MAPS;
@@ -97,17 +128,10 @@ void products(const number *restrict x, const number *restrict weights, int64_t 
             const number *from[EXAMPLES];  // after the last example, the last one again
             for (int e = 0; e < EXAMPLES; e++) from[e] = x + (first + e < n ? first + e : n - 1) * image;
             vec sums[EXAMPLES][VECTORS] = {{{0}}};
-            for (int row = 0; row < PATCH; row++) {
-                int64_t at = inputs_at(i, j, row);
-                for (int k = 0; k < ROW / GROUP; k++) {
-                    const uint32_t *w = packed[row * (ROW / GROUP) + k];
-                    UNROLL for (int e = 0; e < EXAMPLES; e++) {
-                        cells input = broadcast(from[e] + at + k * GROUP);
-                        UNROLL for (int v = 0; v < VECTORS; v++)
-                            sums[e][v] = multiply_add(sums[e][v], input, load(w + v * LANES));
-                    }
-                }
-            }
+            int first_cell = first_inside(j) * MAPS / GROUP, end_cell = (end_inside(j) * MAPS + GROUP - 1) / GROUP;
+            for (int row = first_inside(i); row < end_inside(i); row++)
+                WITH_VECTORS_OF_ROW(row, multiply_row, sums, from, inputs_at(i, j, row),
+                                    packed + row * (ROW / GROUP), first_cell, end_cell)
             UNROLL for (int e = 0; e < EXAMPLES; e++) {
                 number found[UNITS];
                 UNROLL for (int v = 0; v < VECTORS; v++) narrow(found + v * LANES, sums[e][v]);
@@ -128,6 +152,18 @@ static void pair_examples(const number *restrict x, int64_t n, int64_t length, u
             for (int64_t k = 0; k < length; k++) paired[k] = pair(one[k], two[k]);
         else
             for (int64_t k = 0; k < length; k++) paired[k] = pair(one[k], 0);
+    }
+}
+
+// Sets sums to the products of INPUTS inputs (groups, 42) and a tile's units (groups, 48), summed over examples.
+INLINE void sum_examples(vec sums[INPUTS][VECTORS], const uint32_t *inputs, const uint32_t *units, int64_t groups,
+                         int first_vector, int end_vector) {
+    for (int64_t g = 0; g < groups; g++) {
+        UNROLL for (int k = 0; k < INPUTS; k++) {
+            cells input = broadcast(inputs + g * ROW + k);
+            UNROLL for (int v = first_vector; v < end_vector; v++)
+                sums[k][v] = multiply_add(sums[k][v], input, load(units + g * UNITS + v * LANES));
+        }
     }
 }
 
@@ -154,17 +190,13 @@ void outer(const number *restrict x, const number *restrict d, int64_t n, uint32
                 memcpy(units + g * UNITS + row * UNIT_ROW, all_units + g * MAP + units_at(i, j, row),
                        UNIT_ROW * sizeof *units);
         for (int row = 0; row < PATCH; row++) {
-            for (int64_t g = 0; g < groups; g++)
+            int is_inside = first_inside(i) <= row && row < end_inside(i);
+            for (int64_t g = 0; g < groups && is_inside; g++)
                 memcpy(inputs + g * ROW, all_inputs + g * image + inputs_at(i, j, row), ROW * sizeof *inputs);
             for (int first = 0; first < ROW; first += INPUTS) {
                 vec sums[INPUTS][VECTORS] = {{{0}}};
-                for (int64_t g = 0; g < groups; g++) {
-                    UNROLL for (int k = 0; k < INPUTS; k++) {
-                        cells input = broadcast(inputs + g * ROW + first + k);
-                        UNROLL for (int v = 0; v < VECTORS; v++)
-                            sums[k][v] = multiply_add(sums[k][v], input, load(units + g * UNITS + v * LANES));
-                    }
-                }
+                if (is_inside && first + INPUTS > first_inside(j) * MAPS && first < end_inside(j) * MAPS)
+                    WITH_VECTORS_OF_ROW(row, sum_examples, sums, inputs + first, units, groups)
                 UNROLL for (int k = 0; k < INPUTS; k++) {
                     int64_t to = ((int64_t)tile * PATCH * ROW + row * ROW + first + k) * UNITS;
                     UNROLL for (int v = 0; v < VECTORS; v++) {
@@ -177,35 +209,40 @@ void outer(const number *restrict x, const number *restrict d, int64_t n, uint32
     }
 }
 
-// Adds to padded gradient (n, 42, 42, 3) that by the inputs, where d (n, 32, 32, 3) is that by the products.
+// Adds to gradient (n, 32, 32, 3) that by the inputs, where d (n, 32, 32, 3) is that by the products.
 void back(const number *restrict d, const number *restrict weights, int64_t n, float *restrict gradient) {
-    const int64_t image = PADDED * PADDED * MAPS;
     for (int tile = 0; tile < (SIDE / TILE) * (SIDE / TILE); tile++) {
         int i = tile / (SIDE / TILE), j = tile % (SIDE / TILE);
         const number *own = weights + (int64_t)tile * PATCH * ROW * UNITS;
-        for (int row = 0; row < PATCH; row++) {
-            uint32_t packed[UNITS / GROUP][UNITS] = {{0}};  // inputs are in the lanes
-            for (int k = 0; k < ROW; k++)
-                for (int u = 0; u < UNITS / GROUP; u++)
-                    memcpy(&packed[u][k], own + (row * ROW + k) * UNITS + u * GROUP, sizeof **packed);
-            for (int64_t first = 0; first < n; first += EXAMPLES) {
-                const number *from[EXAMPLES];
-                for (int e = 0; e < EXAMPLES; e++) from[e] = d + (first + e < n ? first + e : n - 1) * MAP;
+        int first_input = first_inside(j) * MAPS, end_input = end_inside(j) * MAPS;
+        uint32_t packed[PATCH][UNITS / GROUP][UNITS];  // inputs are in the lanes
+        memset(packed, 0, sizeof packed);
+        for (int k = 0; k < PATCH * ROW; k++)
+            for (int u = 0; u < UNITS / GROUP; u++)
+                memcpy(&packed[k / ROW][u][k % ROW], own + k * UNITS + u * GROUP, sizeof ***packed);
+        for (int64_t first = 0; first < n; first += EXAMPLES) {
+            const number *from[EXAMPLES];
+            for (int e = 0; e < EXAMPLES; e++) from[e] = d + (first + e < n ? first + e : n - 1) * MAP;
+            for (int row = first_inside(i); row < end_inside(i); row++) {
+                int64_t to = ((int64_t)(i * TILE + row - FIELD / 2) * SIDE + j * TILE - FIELD / 2) * MAPS;
                 vec sums[EXAMPLES][VECTORS] = {{{0}}};
-                for (int u = 0; u < UNITS / GROUP; u++) {
-                    int64_t at = units_at(i, j, u * GROUP / UNIT_ROW) + u * GROUP % UNIT_ROW;
-                    UNROLL for (int e = 0; e < EXAMPLES; e++) {
-                        cells unit = broadcast(from[e] + at);
-                        UNROLL for (int v = 0; v < VECTORS; v++)
-                            sums[e][v] = multiply_add(sums[e][v], unit, load(packed[u] + v * LANES));
+                // The units in rows row - 10 to row of the tile see this row of the patch.
+                int end_unit = row < TILE ? row + 1 : TILE;
+                for (int u_row = row < FIELD ? 0 : row - FIELD + 1; u_row < end_unit; u_row++)
+                    for (int u = 0; u < UNIT_ROW / GROUP; u++) {
+                        int64_t at = units_at(i, j, u_row) + u * GROUP;
+                        const uint32_t *w = packed[row][u_row * UNIT_ROW / GROUP + u];
+                        UNROLL for (int e = 0; e < EXAMPLES; e++) {
+                            cells unit = broadcast(from[e] + at);
+                            UNROLL for (int v = 0; v < VECTORS; v++)
+                                sums[e][v] = multiply_add(sums[e][v], unit, load(w + v * LANES));
+                        }
                     }
-                }
                 UNROLL for (int e = 0; e < EXAMPLES; e++) {
                     float found[UNITS];
                     memcpy(found, sums[e], sizeof found);
                     if (first + e >= n) continue;
-                    float *to = gradient + (first + e) * image + inputs_at(i, j, row);
-                    for (int k = 0; k < ROW; k++) to[k] += found[k];
+                    for (int k = first_input; k < end_input; k++) gradient[(first + e) * MAP + to + k] += found[k];
                 }
             }
         }

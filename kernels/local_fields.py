@@ -60,10 +60,9 @@ class FieldKernels:
     def back(self, d, weights):
         _check("d", d, self.dtype, (len(d), SIDE * SIDE * MAPS))
         _check("weights", weights, self.dtype, (TILES, TILE_INPUTS, TILE_UNITS))
-        padded = torch.zeros(len(d), PADDED, PADDED, MAPS)
-        self._back(d.data_ptr(), weights.data_ptr(), len(d), padded.data_ptr())
-        inside = slice(FIELD // 2, FIELD // 2 + SIDE)
-        return padded[:, inside, inside].reshape(len(d), SIDE * SIDE * MAPS)
+        gradient = torch.zeros(len(d), SIDE * SIDE * MAPS)
+        self._back(d.data_ptr(), weights.data_ptr(), len(d), gradient.data_ptr())
+        return gradient
 
     def _check_seen(self, seen):
         _check("seen", seen, self.dtype, (len(seen), PADDED, PADDED, MAPS))
