@@ -80,6 +80,7 @@ def main(argv=None):
     parser.add_argument("--rounds", type=utils.number(int, 1, 1000), default=7, help=words)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    ff_cifar.keep_freed_memory()
     found = {"examples": EXAMPLES, "rounds": args.rounds, **utils.environment(), "products": {}}
     generator = torch.Generator().manual_seed(0)
     x, d = (torch.randn(EXAMPLES, ff_cifar.UNITS, generator=generator) for _ in range(2))
