@@ -21,9 +21,6 @@ in the other direction on every seed, or an interval of paired differences that 
 The paper leaves open, or we do not know, what is marked `# assumption`. Above all: from memory, the network
 of the paper is recurrent, and the label is its topmost input. Ours goes from the bottom to the top once, and
 every unit has ten more inputs for the label. Images have no border in which a label could be written.
-
-As in forward_forward.py, and not in the paper, a layer computes no gradient for examples that it is already
-sure of, and an image that all layers are sure of is shown in one pass out of four.
 """
 
 import contextlib
@@ -45,7 +42,7 @@ from kernels.local_fields import FieldKernels
 from records import figures
 from records import run as runs
 from studies import common, ff_cifar_page
-from studies.ff_common import head_gradient, sample_pass
+from studies.ff_common import head_gradient
 
 PAGE = utils.ROOT / "results" / "ff_cifar" / "README.md"
 
@@ -233,11 +230,11 @@ def read_softmax(network, products):
 
 
 def layer_gradient(layer, x, h, sums, labels, network):
-    """A layer's gradients by weights (a list), label weights and biases; then what ff.derivative returns.
+    """A layer's gradients by weights (a list), label weights and biases, its loss, and pairs ordered wrongly.
 
     There are n positives and then n negatives, with activities h (2n, 3072) and labels (2n,). The inputs x
-    are (2n, 3072), or (n, 3072) where a positive and its negative have them in common. A layer computes no
-    gradient for examples that it is sure of. Nothing comes from the layers above.
+    are (2n, 3072), or (n, 3072) where a positive and its negative have them in common. Nothing comes from the
+    layers above.
     """
     config, fields, n = network.config, network.fields, len(h) // 2
     d, taught, loss, misordered = ff.derivative(layer, h, sums, config)
@@ -248,32 +245,26 @@ def layer_gradient(layer, x, h, sums, labels, network):
     biases = d[:-1].sum(dim=0) + n * d[-1]
     seen = fields.see(torch.cat([x[taught % len(x)], x[:n].sum(dim=0, keepdim=True)]))
     weights = fields.outer(seen, d.to(x.dtype))
-    return ([weights], of_labels, biases), taught, loss, misordered
+    return ([weights], of_labels, biases), loss, misordered
 
 
 def ff_step(network, images, labels, chance, rate):
-    """One step on images (n, 3072).
-
-    Returns each layer's loss and pairs ordered wrongly, the softmax's misses, and which images taught a layer
-    something.
-    """
+    """One step on images (n, 3072): each layer's loss and pairs ordered wrongly; the softmax's misses."""
     n, fields = len(images), network.fields
     products = fields.products(fields.see(images), network.layers[0].weights_lowp)
     read, logits = read_softmax(network, products)
     head, misses = head_gradient(read, logits, labels)
     both = torch.cat([labels, ff.sample_negatives(labels, chance, logits)])
     x, gradients, losses, misordered = images, [], [], []
-    unsure = torch.zeros(n, dtype=torch.bool, device=images.device)
     for layer, (h, passed_on, sums) in zip(network.layers, forward(network, products, both)):
-        own, taught, loss, wrongly = layer_gradient(layer, x, h, sums, both, network)
+        own, loss, wrongly = layer_gradient(layer, x, h, sums, both, network)
         gradients.append(own)
         losses.append(float(loss))
         misordered.append(int(wrongly))
-        unsure[taught % n] = True
         layer.mean_activity.lerp_(h[:n].float().mean(dim=0), 0.1)
         x = passed_on
     step(network, gradients, head, n, rate)
-    return losses, misordered, int(misses), unsure
+    return losses, misordered, int(misses)
 
 
 def ff_answers(network, images):
@@ -319,10 +310,10 @@ def bp_gradients(network, images, labels):
 
 
 def bp_step(network, images, labels, chance, rate):
-    """One step on images (n, 3072): the loss, nothing, the misses, and that every image teaches something."""
+    """One step on images (n, 3072): the loss, nothing, and the misses."""
     gradients, head, logits, misses = bp_gradients(network, images, labels)
     step(network, gradients, head, len(images), rate)
-    return [float(F.cross_entropy(logits, labels, reduction="sum"))], [], int(misses), True
+    return [float(F.cross_entropy(logits, labels, reduction="sum"))], [], int(misses)
 
 
 def bp_answers(network, images):
@@ -339,7 +330,7 @@ USUAL = {
 }  # fmt: skip
 FF = {
     "method": "ff", "threshold": 1.0, "label_scale": 8.0, "peer": 0.03, "head_lr": 0.1, "lr": 0.01,
-    "temperature": 1.0, "skip_threshold": 1e-3, "revisit_prob": 0.25,  # with 0 and 1, nothing is skipped
+    "temperature": 1.0, "skip_threshold": 0.0,  # what forward_forward.py skips, this does not
 }  # fmt: skip
 METHODS = {
     "bp": {**USUAL, "method": "bp", "lr": 1.0, "head_lr": 0.1},
@@ -415,29 +406,23 @@ def evaluate(network, images, labels, answers):
 
 def train(config, seed, splits, engine, fields, progress):
     """The records of a network: after each pass of the first training images, at the end of whole splits."""
-    splits, records, presentations = split_for(config, splits), [], 0
+    splits, records = split_for(config, splits), []
     (images, labels), (one_step, answers) = splits["train"], STEPS[config["method"]]
-    curve, revisits = config["curve_images"], SimpleNamespace(revisit_prob=config.get("revisit_prob", 1.0))
-    unsure = torch.ones_like(labels, dtype=torch.bool)  # backpropagation leaves it so, and skips no image
+    n, curve = len(labels), config["curve_images"]
     with torch.inference_mode():
         network = Network(config, seed, engine, fields, images.device)
         for number in range(config["passes"]):
             generator, losses, wrongly, misses = np.random.default_rng((seed, number)), 0, 0, 0
-            order, _ = sample_pass(revisits, generator, unsure)
-            n = len(order)
+            order = torch.from_numpy(generator.permutation(n)).to(labels.device)
             chance = torch.from_numpy(generator.random(n, dtype=np.float32)).to(labels.device)
-            progress(len(labels) - n)
             for first in range(0, n, config["batch_size"]):
                 batch = slice(first, first + config["batch_size"])
                 chosen = order[batch]
                 rate = ff.lr_schedule((number + first / n) / config["passes"], config["lr_hold"])
-                loss, wrong, missed, unsure[chosen] = one_step(
-                    network, images[chosen], labels[chosen], chance[batch], rate
-                )
+                loss, wrong, missed = one_step(network, images[chosen], labels[chosen], chance[batch], rate)
                 losses, wrongly, misses = losses + np.array(loss), wrongly + np.array(wrong), misses + missed
                 progress(len(chosen))
-            presentations += n
-            shown = {"presentations": presentations}
+            shown = {"presentations": (number + 1) * n}
             running = {"layer_losses": (losses / n).tolist(), "layer_errors": (100 * wrongly / n).tolist()}
             running |= {"softmax_error": 100 * misses / n}
             records.append({"pass": number + 1, "split": "running", **running, **shown})
@@ -445,7 +430,7 @@ def train(config, seed, splits, engine, fields, progress):
             if not np.isfinite([*losses, loss]).all():
                 where = f"seed {seed}: training diverged in pass {number + 1}"
                 raise utils.RunFailed(f"{where}: lower the config's lr")
-            found = runs.evaluation(number + 1, "curve", loss, missed, min(curve, len(labels)))
+            found = runs.evaluation(number + 1, "curve", loss, missed, min(curve, n))
             records.append(found | {"errors": errors} | shown)
         for split in ("validation",) if config["validation"] else ("train", "test"):
             loss, missed, errors = evaluate(network, *splits[split], answers)
