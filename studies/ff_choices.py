@@ -39,17 +39,18 @@ OTHERS = {  # preset -> field -> what else it might be
         "skip_threshold": (0.0,),
         "negatives": ("random",),
     },
-    "ours": {"lr": (0.015,), "temperature": (4.0,)},
+    "ours": {"temperature": (4.0,)},
     "jitter": {
         "temperature": (1.0,),
         "layers": (3,),
         "width": (2000,),
         "revisit_prob": (0.1,),
+        "weight_decay": (1e-2,),
     },
     "hinton-jitter": {"dropout": (0.1,)},
     "weaker-decay": {"temperature": (4.0,), "dropout": (0.0,), "lr": (0.005,)},
-    "permutation-invariant": {"lr": (0.005,)},
-    "standard": {"skip_threshold": (0.0,), "weight_decay": (3e-2,)},
+    "permutation-invariant": {},
+    "standard": {"skip_threshold": (0.0,)},
     "hinton": {},
 }
 

@@ -32,7 +32,7 @@ def test_each_alternative_differs_from_its_preset_in_one_number():
     assert study.describe(usual, usual) == "as it is"
 
 
-SMOKE = ["--smoke", "--threads", "1", "--quiet", "--configs", "short", "ours-lr*", "--out"]
+SMOKE = ["--smoke", "--threads", "1", "--quiet", "--configs", "short", "ours-t*", "--out"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
 
 
 def test_smoke_trains_what_is_asked_for_and_never_loads_test_digits(finished, tmp_path, monkeypatch):
-    names = {"short", "ours-lr0.015"}
+    names = {"short", "ours-temperature4.0"}
     assert {path.stem for path in finished.glob("*.jsonl")} == names
     for name in names:
         run = read_run(finished / f"{name}.jsonl")
@@ -75,13 +75,13 @@ def test_tables_tell_what_has_a_record_and_what_has_none(finished):
     assert tables.keys() == {"records", *study.PRESETS}
     assert (
         "| short | all | 8 | 1 of 9 |" in tables["records"]
-        and "| ours | all | 60 | 1 of 3 |" in tables["records"]
+        and "| ours | all | 60 | 1 of 2 |" in tables["records"]
     )
     assert "| hinton | all | 60 | 0 of 1 |" in tables["records"]
     for preset, text in tables.items() - {("records", tables["records"])}:
         for row in text.splitlines()[2:]:
             first, *cells = [cell.strip() for cell in row.strip("|").split("|")]
-            known = (preset, first) in {("short", "as it is"), ("ours", "`lr` 0.015, not 0.0075")}
+            known = (preset, first) in {("short", "as it is"), ("ours", "`temperature` 4.0, not 1.0")}
             assert (cells == ["no record"] * 5) != known
     errors = read_run(finished / "short.jsonl").final("validation")[0]["errors"]
     assert f"| as it is | {' | '.join(f'{errors[way]:.2f}' for way in ff.READ_OUTS)} |" in tables["short"]
