@@ -546,7 +546,7 @@ def changes_table(runs, page):
 def ff_table(runs, page):
     """The runs of forward_forward.py: test errors by every way to read out, and seconds."""
     own = [run for run in runs if run.script == "forward_forward" and run.config["data"] == "mnist"]
-    names = {"all": "test error", "skip-first": "without layer 1", "softmax": "softmax"}
+    names = {"all": "all layers", "skip-first": "without layer 1", "softmax": "softmax"}
     names |= {"all-softmax": "all and softmax", "shifted": "shifted"}  # which the first runs do not have
     logged = {way for run in own for record in run.final("test") for way in record["errors"]}
     names = {way: name for way, name in names.items() if way in logged}
