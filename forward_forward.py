@@ -25,8 +25,7 @@ units are kept about equally active, and gradients are smoothed. The numbers in 
 chosen one after the other, in factors of two or three, by the errors on the last 10,000 of the 60,000
 training digits (`--validation 10000`); studies/ff_choices.py puts such choices on record. Two things are new,
 and make training several times as fast: a layer computes no gradient for examples that it is already sure of,
-and images that all layers are sure of are shown in one pass out of four. A temperature above 1, which asks
-layers for a wider margin, is new, too.
+and images that all layers are sure of are shown in one pass out of four.
 """
 
 import argparse
