@@ -850,6 +850,7 @@ COMMITTED = {
     "mnist-permutation-invariant": {"preset": "permutation-invariant"},
     "mnist-hinton": {"preset": "hinton"},
     "mnist-hinton-jitter": {"preset": "hinton-jitter"},
+    "mnist-standard": {"preset": "standard"},
 }
 
 
