@@ -1,8 +1,8 @@
 """Forward-Forward (Hinton 2022): a network that learns layer by layer, without backpropagation.
 
     python forward_forward.py                                  # MNIST, images moved by up to a pixel: 1 min
-    python forward_forward.py --preset permutation-invariant   # images left as they are: 3 minutes
-    python forward_forward.py --preset hinton-jitter           # images moved by up to two: 10 minutes
+    python forward_forward.py --preset permutation-invariant   # images left as they are: 5 minutes
+    python forward_forward.py --preset hinton-jitter           # images moved by up to two: 15 minutes
     python forward_forward.py --preset hinton                  # his four layers of 2,000 units: 8 minutes
     python -m studies.ff_article                               # another protocol, that of Neoflex 2023
     python forward_forward.py --weights results/forward_forward/mnist-seed1337.npz digit.png   # what is it?
@@ -90,10 +90,6 @@ class Layer:
         """The activities (n, width). The next layer gets unit_rms of them, which hides their goodness."""
         return (x @ self.weights + self.biases).relu()
 
-    def outer(self, x, d):
-        """The gradient by the weights, from inputs x (n, inputs) and the derivative by the products."""
-        return x.T @ d
-
     def learn(self, x, config, rate=1):
         """One step up the layer's own log-likelihood, from n positives and then n negatives: x (2n, inputs).
 
@@ -118,6 +114,10 @@ class Layer:
         h = h.detach()
         self.mean_activity.lerp_(h[:n].mean(dim=0), 0.1)
         return h, float(F.softplus(-margin.detach()).sum()), unsure
+
+    def outer(self, x, d):
+        """For the fast path: the gradient by the weights, from inputs and the derivative by the products."""
+        return x.T @ d
 
 
 def ascend(parameter, velocity, gradient, momentum, lr, weight_decay=0.0):

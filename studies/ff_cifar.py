@@ -190,13 +190,12 @@ class Network:
 
 
 def step(network, gradients, head, n, rate):
-    """One step up: `gradients` has, for each layer, those by weights (a list), label weights and biases."""
+    """One step up: `gradients` has, for each layer, those by weights, label weights and biases."""
     config = network.config
     lr, momentum, decay = rate * config.lr, config.momentum, config.weight_decay
     for layer, (weights, of_labels, biases) in zip(network.layers, gradients):
         flat = (tensor.view(-1) for tensor in (layer.weights, layer.velocity, layer.weights_lowp))
-        parts = [part.view(-1) for part in weights]
-        network.engine.update(*flat, parts, 1 / n, momentum, lr, decay)
+        network.engine.update(*flat, [weights.view(-1)], 1 / n, momentum, lr, decay)
         if of_labels is not None:
             ff.ascend(layer.label_weights, layer.label_velocity, of_labels / n, momentum, lr, decay)
         ff.ascend(layer.biases, layer.bias_velocity, biases / n, momentum, lr)
@@ -230,7 +229,7 @@ def read_softmax(network, products):
 
 
 def layer_gradient(layer, x, h, sums, labels, network):
-    """A layer's gradients by weights (a list), label weights and biases, its loss, and pairs ordered wrongly.
+    """A layer's gradients by weights, label weights and biases, its loss, and pairs ordered wrongly.
 
     There are n positives and then n negatives, with activities h (2n, 3072) and labels (2n,). The inputs x
     are (2n, 3072), or (n, 3072) where a positive and its negative have them in common. Nothing comes from the
@@ -245,7 +244,7 @@ def layer_gradient(layer, x, h, sums, labels, network):
     biases = d[:-1].sum(dim=0) + n * d[-1]
     seen = fields.see(torch.cat([x[taught % len(x)], x[:n].sum(dim=0, keepdim=True)]))
     weights = fields.outer(seen, d.to(x.dtype))
-    return ([weights], of_labels, biases), loss, misordered
+    return (weights, of_labels, biases), loss, misordered
 
 
 def ff_step(network, images, labels, chance, rate):
@@ -303,7 +302,7 @@ def bp_gradients(network, images, labels):
     d, gradients = error @ network.head.T, []
     for k, (seen, h) in reversed(list(enumerate(found))):
         d = (d * (h > 0)).to(h.dtype)
-        gradients.insert(0, ([network.fields.outer(seen, d)], None, d.float().sum(dim=0)))
+        gradients.insert(0, (network.fields.outer(seen, d), None, d.float().sum(dim=0)))
         if k:
             d = network.fields.back(d, network.layers[k].weights_lowp)
     return gradients, head, logits, misses

@@ -67,19 +67,16 @@ def choice_table(found):
     return markdown_table(["learning", "learning rate", "label's value", *WAYS.values()], rows)
 
 
-def curve(run, key="error"):
-    """The error on the first training images after each pass, or another number; means of seeds."""
-    seeds = ([r[key] for r in own if r["split"] == "curve"] for own in run.records.values())
-    return [statistics.fmean(values) for values in zip(*seeds)]
+def curve(run):
+    """The error on the first training images after each pass, a mean of seeds."""
+    seeds = ([r["error"] for r in own if r["split"] == "curve"] for own in run.records.values())
+    return [statistics.fmean(errors) for errors in zip(*seeds)]
 
 
-def seconds(speed, name, run):
-    """The seconds after each pass, by the images shown and the step in speed.json; None without one.
-
-    For Forward-Forward it is an upper bound: that step is the first one, and later ones are faster.
-    """
+def seconds_a_pass(speed, name, run):
+    """By speed.json, in which a step is measured; None without one."""
     own = speed and speed["steps"].get(name)
-    return own and [own[0] * shown / run.config["batch_size"] for shown in curve(run, "presentations")]
+    return own and own[0] * 50_000 / run.config["batch_size"]
 
 
 def reached_table(found, speed):
@@ -90,11 +87,11 @@ def reached_table(found, speed):
         if name.startswith("ff-") and rival in found:
             error, passes = curve(run)[-1], run.config["passes"]
             first = next((k for k, own in enumerate(curve(found[rival]), start=1) if own <= error), None)
-            each = [seconds(speed, own, found[own]) for own in (name, rival)]
+            each = [seconds_a_pass(speed, own, found[own]) for own in (name, rival)]
             method, layers = name.removesuffix("-fp32").rsplit("-", 1)
             cells = [NAMES[method], layers, f"{error:.2f}%", passes, first or "never"]
             if first and all(each):
-                cells += [f"{each[0][-1]:.0f}", f"{each[1][first - 1]:.0f}"]
+                cells += [f"{passes * each[0]:.0f}", f"{first * each[1]:.0f}"]
             rows.append(cells + [""] * (7 - len(cells)))
     head = ["learning", "layers", "training error at the end", "passes", "backpropagation: passes"]
     return markdown_table([*head, "seconds", "backpropagation: seconds"], rows)
@@ -159,9 +156,9 @@ def plot(folder):
                 errors = curve(found[name])
                 passes = range(1, len(errors) + 1)
                 row[0].plot(passes, errors, ".-", color=f"C{colour}", label=words)
-                times = seconds(speed, name, found[name])
-                if times:
-                    row[1].plot(times, errors, ".-", color=f"C{colour}", label=words)
+                each = seconds_a_pass(speed, name, found[name])
+                if each:
+                    row[1].plot([each * k for k in passes], errors, ".-", color=f"C{colour}", label=words)
         row[0].set(xlabel="passes", ylabel="training error (%)", title=f"{layers} layers")
         row[1].set(xlabel="seconds of one core", title=f"{layers} layers")
         for axis in row:
