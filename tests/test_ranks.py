@@ -157,13 +157,18 @@ class Ranks:
 
     def __init__(self, count, folder, function, *words, patience=60, piece=2**20):
         self.store, self.folder = torch.distributed.TCPStore("localhost", 0, is_master=True), folder
-        self.processes = []
+        self.processes, context = [], multiprocessing.get_context("fork")
+        # While one connects, the store's thread looks up its name, and whoever is forked then may wait for
+        # that lock of the C library for ever. So none begins before all are forked.
+        self.all_forked = context.Event()
         for rank in range(count):
             given = rank, count, function, [str(word) for word in words], patience, piece
-            self.processes.append(multiprocessing.get_context("fork").Process(target=self.run, args=given))
+            self.processes.append(context.Process(target=self.run, args=given))
             self.processes[-1].start()
+        self.all_forked.set()
 
     def run(self, rank, count, function, words, patience, piece):
+        self.all_forked.wait()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started pytest may have it ignored
         for number, name in (1, "stdout"), (2, "stderr"):
             os.dup2(os.open(self.folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -173,6 +178,14 @@ class Ranks:
         os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{count}", "MASTER_ADDR": "localhost"}
         os.environ |= {"MASTER_PORT": f"{self.store.port}", "TORCHELASTIC_USE_AGENT_STORE": "True"}
         sys.exit(function(words))
+
+    def wait_until(self, condition):
+        """Wait for it, for as long as all ranks live."""
+        end = time.monotonic() + LONGEST
+        while not condition():
+            assert all(process.is_alive() for process in self.processes), "a rank has ended too early"
+            assert time.monotonic() < end, "it hangs"
+            time.sleep(0.02)
 
     def finish(self):
         """The exit statuses, and what was printed on stderr, of each rank."""
@@ -214,10 +227,8 @@ def test_a_late_rank_and_messages_longer_than_the_store_takes(limits, fork, tmp_
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_ranks_is_one_sentence_and_keeps_what_has_finished(number, fork, tmp_path):
     own = fork(2, "--seeds", 500, "--pause", 0.02, "--threads", 1, "--out", tmp_path / "out")
-    seen = set()
-    while not {0, 1, 2, 3} <= seen:  # of both ranks
-        time.sleep(0.02)
-        seen = seeds_in(tmp_path / "out" / "config0.jsonl")
+    own.wait_until(lambda: {0, 1, 2, 3} <= seeds_in(tmp_path / "out" / "config0.jsonl"))  # of both ranks
+    seen = seeds_in(tmp_path / "out" / "config0.jsonl")
     for process in own.processes:  # as torchrun sends it on
         os.kill(process.pid, number)
     statuses, error = own.finish()
@@ -229,8 +240,7 @@ def test_a_signal_to_all_ranks_is_one_sentence_and_keeps_what_has_finished(numbe
 def test_rank_0_is_killed(fork, tmp_path):
     """The others notice it by themselves, and one of them says so."""
     own = fork(3, "--seeds", 500, "--pause", 0.02, "--threads", 1, "--out", tmp_path / "out", patience=1)
-    while not seeds_in(tmp_path / "out" / "config0.jsonl"):
-        time.sleep(0.02)
+    own.wait_until(lambda: seeds_in(tmp_path / "out" / "config0.jsonl"))
     own.processes[0].kill()
     statuses, error = own.finish()
     assert statuses == [-signal.SIGKILL, 1, 1] and error[0] == ""
@@ -240,8 +250,7 @@ def test_rank_0_is_killed(fork, tmp_path):
 def test_a_rank_on_another_machine_is_killed(fork, tmp_path):
     """torchrun may not notice it there, so that rank 0 has to."""
     own = fork(2, "--seeds", 500, "--pause", 0.02, "--threads", 1, "--out", tmp_path / "out", patience=1)
-    while len(seeds_in(tmp_path / "out" / "config0.jsonl")) < 4:
-        time.sleep(0.02)
+    own.wait_until(lambda: len(seeds_in(tmp_path / "out" / "config0.jsonl")) >= 4)
     own.processes[1].kill()
     statuses, error = own.finish()
     assert statuses == [1, -signal.SIGKILL] and error[1] == ""
@@ -252,8 +261,7 @@ def test_a_rank_on_another_machine_is_killed(fork, tmp_path):
 def test_the_store_is_lost(fork, tmp_path):
     """As it is where the machine of rank 0 has died: the ranks on another machine end."""
     own = fork(2, "--seeds", 500, "--pause", 0.02, "--threads", 1, "--out", tmp_path / "out")
-    while not seeds_in(tmp_path / "out" / "config0.jsonl"):
-        time.sleep(0.02)
+    own.wait_until(lambda: seeds_in(tmp_path / "out" / "config0.jsonl"))
     own.store = None
     statuses, error = own.finish()
     assert statuses == [1, 1]
