@@ -1,8 +1,8 @@
 """Forward-Forward on CIFAR-10, with local receptive fields (Hinton 2022): how far behind backpropagation?
 
-    python -m studies.ff_cifar                         # two layers: at most half an hour of one core
+    python -m studies.ff_cifar                         # two layers: 25 minutes of one core
     python -m studies.ff_cifar --configs 'choose-*'    # the choice of learning rates, by validation images: 6
-    python -m studies.ff_cifar --configs '*-3'         # three layers: at most 50
+    python -m studies.ff_cifar --configs '*-3'         # three layers: 40
 
 A hidden layer is a map of 32x32 places with 3 units each, and a unit sees 11x11 places of the map below, or
 of the image's three colours: 363 inputs. No weights are shared, so this is no convolution. Published
