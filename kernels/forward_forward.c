@@ -11,7 +11,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#if __AVX512F__
 #define LANES 16
+#else
+#define LANES 8  // GCC compares longer vectors than the processor has number by number
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -69,12 +73,18 @@ INLINE void store(number *p, vec x, int64_t lanes) {
 
 INLINE vec load_float(const float *p, int64_t lanes) {
     vec x = {0};
-    memcpy(&x, p, (lanes < LANES ? lanes : LANES) * sizeof *p);
+    if (lanes >= LANES)
+        memcpy(&x, p, sizeof x);
+    else
+        memcpy(&x, p, lanes * sizeof *p);
     return x;
 }
 
 INLINE void store_float(float *p, vec x, int64_t lanes) {
-    memcpy(p, &x, (lanes < LANES ? lanes : LANES) * sizeof *p);
+    if (lanes >= LANES)
+        memcpy(p, &x, sizeof x);
+    else
+        memcpy(p, &x, lanes * sizeof *p);
 }
 
 INLINE float sum(vec x) {

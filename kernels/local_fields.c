@@ -4,9 +4,10 @@
 // SIDE places of MAPS numbers; padded, it has a border of zeros that is half of a field wide. A tile of 4x4 places
 // sees PATCH x PATCH of the padded places, and has a matrix (14*14*3 inputs, 4*4*3 units) of weights.
 //
-// A cell is 32 bits: two bfloat16 with -DBF16=1, otherwise one float. An instruction multiplies 16 cells by 16 cells
-// and adds them up, a cell's two numbers together. Units are in the lanes, in three vectors, and each input is
-// multiplied by them all, for several examples at once, so that the sums stay in registers.
+// A cell is 32 bits: two bfloat16 with -DBF16=1, otherwise one float. An instruction multiplies LANES cells by as many
+// and adds them up, a cell's two numbers together. Units are in the lanes, and each input is multiplied by those in
+// three vectors, for several examples at once, so that the sums stay in registers. Three vectors of 16 lanes are all
+// units of a tile, and three of 8 are a half: the upper two of its rows, or the lower two.
 //
 // More than a third of the products would be by zeros, which are skipped where that is cheap: a row of the patch is
 // multiplied by the vectors of which a unit sees it, and what is beyond the border of the map is not multiplied.
@@ -21,13 +22,20 @@
 
 enum { SIDE = 32, MAPS = 3, FIELD = 11, TILE = 4, PATCH = TILE + FIELD - 1, PADDED = SIDE + FIELD - 1 };
 enum { ROW = PATCH * MAPS, UNITS = TILE * TILE * MAPS, UNIT_ROW = TILE * MAPS, MAP = SIDE * SIDE * MAPS };
-enum { LANES = 16, VECTORS = UNITS / LANES, EXAMPLES = 8, INPUTS = 7 };
-_Static_assert(UNITS == 48 && ROW == 42 && ROW <= UNITS && ROW % INPUTS == 0, "what is written for these sizes");
+#if __AVX512F__
+enum { LANES = 16, EXAMPLES = 8, INPUTS = 7 };  // 32 registers have 24 or 21 sums
+#else
+enum { LANES = 8, EXAMPLES = 3, INPUTS = 3 };  // 16 registers have 9
+#endif
+enum { VECTORS = 3, SHARE = VECTORS * LANES, SHARES = UNITS / SHARE, SHARE_ROWS = TILE / SHARES };
+_Static_assert(SHARE_ROWS * UNIT_ROW == SHARE && ROW <= UNITS && ROW % INPUTS == 0, "sizes fit");
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t cells __attribute__((vector_size(4 * LANES)));
+typedef vec unaligned_vec __attribute__((aligned(4), may_alias));
+typedef cells unaligned_cells __attribute__((aligned(4), may_alias));
 typedef uint16_t half_cells __attribute__((vector_size(2 * LANES)));
 
 #if BF16
@@ -67,13 +75,24 @@ INLINE uint32_t pair(number low, number high) {
     return cell;
 }
 
-INLINE void narrow(number *p, vec x) { memcpy(p, &x, sizeof x); }
+INLINE void narrow(number *p, vec x) { *(unaligned_vec *)p = x; }
 #endif
 
-INLINE cells load(const uint32_t *p) {
-    cells x;
-    memcpy(&x, p, sizeof x);
-    return x;
+INLINE cells load(const uint32_t *p) { return *(const unaligned_cells *)p; }
+
+// GCC would rather read what is multiplied by several numbers from memory again each time.
+#if __x86_64__ && !__AVX512F__
+#define KEEP_IN_REGISTER(x) __asm__("" : "+x"(x))
+#else
+#define KEEP_IN_REGISTER(x) (void)(x)
+#endif
+
+// Sets `vectors`, from the first to before the end, to what is from p on.
+INLINE void load_vectors(cells vectors[VECTORS], const uint32_t *p, int first, int end) {
+    UNROLL for (int v = first; v < end; v++) {
+        vectors[v] = load(p + v * LANES);
+        KEEP_IN_REGISTER(vectors[v]);
+    }
 }
 
 INLINE cells broadcast(const void *p) {
@@ -91,25 +110,44 @@ INLINE int64_t inputs_at(int i, int j, int row) { return ((i * TILE + row) * PAD
 INLINE int first_inside(int i) { return FIELD / 2 > i * TILE ? FIELD / 2 - i * TILE : 0; }
 INLINE int end_inside(int i) { return FIELD / 2 + SIDE < i * TILE + PATCH ? FIELD / 2 + SIDE - i * TILE : PATCH; }
 
-// Calls f with the vectors, from the first to before the end, of which a unit sees this row of the patch. They are
-// constants, so that f's sums stay in registers. The units in row r of a tile, 12r to 12r + 11, see rows r to r + 10.
-#define WITH_VECTORS_OF_ROW(row, f, ...)               \
-    switch (row) {                                     \
-        case 0: f(__VA_ARGS__, 0, 1); break;           \
-        case 1: f(__VA_ARGS__, 0, 2); break;           \
-        case PATCH - 2: f(__VA_ARGS__, 1, 3); break;   \
-        case PATCH - 1: f(__VA_ARGS__, 2, 3); break;   \
-        default: f(__VA_ARGS__, 0, 3);                 \
+// Of a share, the vectors of which a unit sees a row of the patch, from the first to before the end. The row is counted
+// from the first one that the share sees. The units in row r of the share, 12r to 12r + 11, see its rows r to r + 10.
+INLINE int first_vector(int row) { return row < FIELD ? 0 : (row - FIELD + 1) * UNIT_ROW / LANES; }
+INLINE int end_vector(int row) {
+    return row < SHARE_ROWS ? ((row + 1) * UNIT_ROW + LANES - 1) / LANES : VECTORS;
+}
+
+// Calls f with these vectors. They are constants, so that f's sums stay in registers.
+#define WITH_VECTORS_OF_ROW(row, f, ...)                                                               \
+    switch (row) {                                                                                     \
+        case 0: f(__VA_ARGS__, first_vector(0), end_vector(0)); break;                                 \
+        case 1: f(__VA_ARGS__, first_vector(1), end_vector(1)); break;                                 \
+        case FIELD: f(__VA_ARGS__, first_vector(FIELD), end_vector(FIELD)); break;                     \
+        case FIELD + 1: f(__VA_ARGS__, first_vector(FIELD + 1), end_vector(FIELD + 1)); break;         \
+        case FIELD + 2: f(__VA_ARGS__, first_vector(FIELD + 2), end_vector(FIELD + 2)); break;         \
+        default: f(__VA_ARGS__, 0, VECTORS);                                                           \
     }
+
+// The rows of the patch that a share sees and that are within the map.
+INLINE int first_seen(int i, int share) {
+    int inside = first_inside(i), seen = share * SHARE_ROWS;
+    return inside > seen ? inside : seen;
+}
+INLINE int end_seen(int i, int share) {
+    int inside = end_inside(i), seen = (share + 1) * SHARE_ROWS + FIELD - 1;
+    return inside < seen ? inside : seen;
+}
 
 // Adds the products of cells [first, end) of a row of the patch, which begins `at` so many numbers after `from`.
 INLINE void multiply_row(vec sums[EXAMPLES][VECTORS], const number *const *from, int64_t at,
-                         const uint32_t (*weights)[UNITS], int first, int end, int first_vector, int end_vector) {
+                         const uint32_t (*weights)[SHARE], int first, int end, int first_vector, int end_vector) {
     for (int k = first; k < end; k++) {
+        cells of_units[VECTORS];
+        load_vectors(of_units, weights[k], first_vector, end_vector);
         UNROLL for (int e = 0; e < EXAMPLES; e++) {
             cells input = broadcast(from[e] + at + k * GROUP);
             UNROLL for (int v = first_vector; v < end_vector; v++)
-                sums[e][v] = multiply_add(sums[e][v], input, load(weights[k] + v * LANES));
+                sums[e][v] = multiply_add(sums[e][v], input, of_units[v]);
         }
     }
 }
@@ -119,26 +157,27 @@ void products(const number *restrict x, const number *restrict weights, int64_t 
     const int64_t image = PADDED * PADDED * MAPS;
     for (int tile = 0; tile < (SIDE / TILE) * (SIDE / TILE); tile++) {
         int i = tile / (SIDE / TILE), j = tile % (SIDE / TILE);
-        const number *own = weights + (int64_t)tile * PATCH * ROW * UNITS;
-        uint32_t packed[PATCH * ROW / GROUP][UNITS];
-        for (int k = 0; k < PATCH * ROW / GROUP; k++)
-            for (int u = 0; u < UNITS; u++)
-                packed[k][u] = pair(own[k * GROUP * UNITS + u], own[(k * GROUP + GROUP - 1) * UNITS + u]);
-        for (int64_t first = 0; first < n; first += EXAMPLES) {
-            const number *from[EXAMPLES];  // after the last example, the last one again
-            for (int e = 0; e < EXAMPLES; e++) from[e] = x + (first + e < n ? first + e : n - 1) * image;
-            vec sums[EXAMPLES][VECTORS] = {{{0}}};
-            int first_cell = first_inside(j) * MAPS / GROUP, end_cell = (end_inside(j) * MAPS + GROUP - 1) / GROUP;
-            for (int row = first_inside(i); row < end_inside(i); row++)
-                WITH_VECTORS_OF_ROW(row, multiply_row, sums, from, inputs_at(i, j, row),
-                                    packed + row * (ROW / GROUP), first_cell, end_cell)
-            UNROLL for (int e = 0; e < EXAMPLES; e++) {
-                number found[UNITS];
-                UNROLL for (int v = 0; v < VECTORS; v++) narrow(found + v * LANES, sums[e][v]);
-                if (first + e >= n) continue;
-                for (int row = 0; row < TILE; row++)
-                    memcpy(out + (first + e) * MAP + units_at(i, j, row), found + row * UNIT_ROW,
-                           UNIT_ROW * sizeof *out);
+        int first_cell = first_inside(j) * MAPS / GROUP, end_cell = (end_inside(j) * MAPS + GROUP - 1) / GROUP;
+        for (int share = 0; share < SHARES; share++) {
+            const number *own = weights + (int64_t)tile * PATCH * ROW * UNITS + share * SHARE;
+            _Alignas(64) uint32_t packed[PATCH * ROW / GROUP][SHARE];
+            for (int k = 0; k < PATCH * ROW / GROUP; k++)
+                for (int u = 0; u < SHARE; u++)
+                    packed[k][u] = pair(own[k * GROUP * UNITS + u], own[(k * GROUP + GROUP - 1) * UNITS + u]);
+            for (int64_t first = 0; first < n; first += EXAMPLES) {
+                const number *from[EXAMPLES];  // after the last example, the last one again
+                for (int e = 0; e < EXAMPLES; e++) from[e] = x + (first + e < n ? first + e : n - 1) * image;
+                vec sums[EXAMPLES][VECTORS] = {{{0}}};
+                for (int row = first_seen(i, share); row < end_seen(i, share); row++)
+                    WITH_VECTORS_OF_ROW(row - share * SHARE_ROWS, multiply_row, sums, from, inputs_at(i, j, row),
+                                        packed + row * (ROW / GROUP), first_cell, end_cell)
+                number found[EXAMPLES][SHARE];
+                UNROLL for (int e = 0; e < EXAMPLES; e++)
+                    UNROLL for (int v = 0; v < VECTORS; v++) narrow(found[e] + v * LANES, sums[e][v]);
+                for (int e = 0; e < EXAMPLES && first + e < n; e++)
+                    for (int row = 0; row < SHARE_ROWS; row++)
+                        memcpy(out + (first + e) * MAP + units_at(i, j, share * SHARE_ROWS + row),
+                               found[e] + row * UNIT_ROW, UNIT_ROW * sizeof *out);
             }
         }
     }
@@ -155,14 +194,16 @@ static void pair_examples(const number *restrict x, int64_t n, int64_t length, u
     }
 }
 
-// Sets sums to the products of INPUTS inputs (groups, 42) and a tile's units (groups, 48), summed over examples.
+// Sets sums to the products of INPUTS inputs (groups, 42) and a share's units, summed over examples.
 INLINE void sum_examples(vec sums[INPUTS][VECTORS], const uint32_t *inputs, const uint32_t *units, int64_t groups,
                          int first_vector, int end_vector) {
     for (int64_t g = 0; g < groups; g++) {
+        cells of_units[VECTORS];
+        load_vectors(of_units, units + g * SHARE, first_vector, end_vector);
         UNROLL for (int k = 0; k < INPUTS; k++) {
             cells input = broadcast(inputs + g * ROW + k);
             UNROLL for (int v = first_vector; v < end_vector; v++)
-                sums[k][v] = multiply_add(sums[k][v], input, load(units + g * UNITS + v * LANES));
+                sums[k][v] = multiply_add(sums[k][v], input, of_units[v]);
         }
     }
 }
@@ -185,26 +226,31 @@ void outer(const number *restrict x, const number *restrict d, int64_t n, uint32
     pair_examples(d, n, MAP, all_units);
     for (int tile = 0; tile < (SIDE / TILE) * (SIDE / TILE); tile++) {
         int i = tile / (SIDE / TILE), j = tile % (SIDE / TILE);
-        for (int64_t g = 0; g < groups; g++)
-            for (int row = 0; row < TILE; row++)
-                memcpy(units + g * UNITS + row * UNIT_ROW, all_units + g * MAP + units_at(i, j, row),
-                       UNIT_ROW * sizeof *units);
+        for (int row = 0; row < TILE; row++) {
+            uint32_t *own = units + row / SHARE_ROWS * groups * SHARE + row % SHARE_ROWS * UNIT_ROW;
+            for (int64_t g = 0; g < groups; g++)
+                memcpy(own + g * SHARE, all_units + g * MAP + units_at(i, j, row), UNIT_ROW * sizeof *units);
+        }
         for (int row = 0; row < PATCH; row++) {
             int is_inside = first_inside(i) <= row && row < end_inside(i);
             for (int64_t g = 0; g < groups && is_inside; g++)
                 memcpy(inputs + g * ROW, all_inputs + g * image + inputs_at(i, j, row), ROW * sizeof *inputs);
-            for (int first = 0; first < ROW; first += INPUTS) {
-                vec sums[INPUTS][VECTORS] = {{{0}}};
-                if (is_inside && first + INPUTS > first_inside(j) * MAPS && first < end_inside(j) * MAPS)
-                    WITH_VECTORS_OF_ROW(row, sum_examples, sums, inputs + first, units, groups)
-                UNROLL for (int k = 0; k < INPUTS; k++) {
-                    int64_t to = ((int64_t)tile * PATCH * ROW + row * ROW + first + k) * UNITS;
-                    UNROLL for (int v = 0; v < VECTORS; v++) {
-                        cells seen = load(near[row][0] + v * LANES) & load(near[(first + k) / MAPS][1] + v * LANES);
-                        narrow(gradient + to + v * LANES, (vec)((cells)sums[k][v] & seen));
+            for (int share = 0; share < SHARES; share++)
+                for (int first = 0; first < ROW; first += INPUTS) {
+                    int is_seen = first_seen(i, share) <= row && row < end_seen(i, share);
+                    vec sums[INPUTS][VECTORS] = {{{0}}};
+                    if (is_seen && first + INPUTS > first_inside(j) * MAPS && first < end_inside(j) * MAPS)
+                        WITH_VECTORS_OF_ROW(row - share * SHARE_ROWS, sum_examples, sums, inputs + first,
+                                            units + share * groups * SHARE, groups)
+                    UNROLL for (int k = 0; k < INPUTS; k++) {
+                        int64_t to = ((int64_t)tile * PATCH * ROW + row * ROW + first + k) * UNITS;
+                        UNROLL for (int v = 0; v < VECTORS; v++) {
+                            int u = share * SHARE + v * LANES;
+                            cells seen = load(near[row][0] + u) & load(near[(first + k) / MAPS][1] + u);
+                            narrow(gradient + to + u, (vec)((cells)sums[k][v] & seen));
+                        }
                     }
                 }
-            }
         }
     }
 }
@@ -214,8 +260,7 @@ void back(const number *restrict d, const number *restrict weights, int64_t n, f
     for (int tile = 0; tile < (SIDE / TILE) * (SIDE / TILE); tile++) {
         int i = tile / (SIDE / TILE), j = tile % (SIDE / TILE);
         const number *own = weights + (int64_t)tile * PATCH * ROW * UNITS;
-        int first_input = first_inside(j) * MAPS, end_input = end_inside(j) * MAPS;
-        uint32_t packed[PATCH][UNITS / GROUP][UNITS];  // inputs are in the lanes
+        _Alignas(64) uint32_t packed[PATCH][UNITS / GROUP][UNITS];  // inputs are in the lanes
         memset(packed, 0, sizeof packed);
         for (int k = 0; k < PATCH * ROW; k++)
             for (int u = 0; u < UNITS / GROUP; u++)
@@ -225,24 +270,30 @@ void back(const number *restrict d, const number *restrict weights, int64_t n, f
             for (int e = 0; e < EXAMPLES; e++) from[e] = d + (first + e < n ? first + e : n - 1) * MAP;
             for (int row = first_inside(i); row < end_inside(i); row++) {
                 int64_t to = ((int64_t)(i * TILE + row - FIELD / 2) * SIDE + j * TILE - FIELD / 2) * MAPS;
-                vec sums[EXAMPLES][VECTORS] = {{{0}}};
                 // The units in rows row - 10 to row of the tile see this row of the patch.
-                int end_unit = row < TILE ? row + 1 : TILE;
-                for (int u_row = row < FIELD ? 0 : row - FIELD + 1; u_row < end_unit; u_row++)
-                    for (int u = 0; u < UNIT_ROW / GROUP; u++) {
-                        int64_t at = units_at(i, j, u_row) + u * GROUP;
-                        const uint32_t *w = packed[row][u_row * UNIT_ROW / GROUP + u];
-                        UNROLL for (int e = 0; e < EXAMPLES; e++) {
-                            cells unit = broadcast(from[e] + at);
-                            UNROLL for (int v = 0; v < VECTORS; v++)
-                                sums[e][v] = multiply_add(sums[e][v], unit, load(w + v * LANES));
+                int first_row = row < FIELD ? 0 : row - FIELD + 1, end_row = row < TILE ? row + 1 : TILE;
+                for (int lane = 0; lane < UNITS; lane += SHARE) {
+                    vec sums[EXAMPLES][VECTORS] = {{{0}}};
+                    for (int u_row = first_row; u_row < end_row; u_row++)
+                        for (int u = 0; u < UNIT_ROW / GROUP; u++) {
+                            int64_t at = units_at(i, j, u_row) + u * GROUP;
+                            cells of_inputs[VECTORS];
+                            load_vectors(of_inputs, packed[row][u_row * UNIT_ROW / GROUP + u] + lane, 0, VECTORS);
+                            UNROLL for (int e = 0; e < EXAMPLES; e++) {
+                                cells unit = broadcast(from[e] + at);
+                                UNROLL for (int v = 0; v < VECTORS; v++)
+                                    sums[e][v] = multiply_add(sums[e][v], unit, of_inputs[v]);
+                            }
                         }
+                    int begin = first_inside(j) * MAPS - lane, end = end_inside(j) * MAPS - lane;
+                    begin = begin > 0 ? begin : 0, end = end < SHARE ? end : SHARE;
+                    float found[EXAMPLES][SHARE];
+                    UNROLL for (int e = 0; e < EXAMPLES; e++)
+                        UNROLL for (int v = 0; v < VECTORS; v++) *(unaligned_vec *)(found[e] + v * LANES) = sums[e][v];
+                    for (int e = 0; e < EXAMPLES && first + e < n; e++) {
+                        float *under = gradient + (first + e) * MAP + to + lane;
+                        for (int k = begin; k < end; k++) under[k] += found[e][k];
                     }
-                UNROLL for (int e = 0; e < EXAMPLES; e++) {
-                    float found[UNITS];
-                    memcpy(found, sums[e], sizeof found);
-                    if (first + e >= n) continue;
-                    for (int k = first_input; k < end_input; k++) gradient[(first + e) * MAP + to + k] += found[k];
                 }
             }
         }

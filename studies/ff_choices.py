@@ -29,6 +29,7 @@ PRESETS = {  # name -> a preset of forward_forward.py, and what is changed in or
     "short": ("ours", {"passes": 8}),
     "jitter": ("hinton-jitter", {"passes": 150}),
     "weaker-decay": ("permutation-invariant", {"weight_decay": 1e-2}),
+    "narrow": ("hinton", {"width": 500, "precision": "fp32"}),
 } | {preset: (preset, {}) for preset in ff.PRESETS}
 OTHERS = {  # preset -> field -> what else it might be
     "short": {
@@ -49,6 +50,17 @@ OTHERS = {  # preset -> field -> what else it might be
     },
     "hinton-jitter": {"dropout": (0.1,)},
     "weaker-decay": {"temperature": (4.0,), "dropout": (0.0,), "lr": (0.005,)},
+    "narrow": {
+        "layers": (2,),
+        "weight_decay": (3e-2,),
+        "dropout": (0.2,),
+        "lr": (0.015,),
+        "batch_size": (100,),
+        "label_scale": (3.0,),
+        "peer": (0.0,),
+        "negatives": ("random",),
+        "temperature": (4.0,),
+    },
     "permutation-invariant": {},
     "standard": {"skip_threshold": (0.0,)},
     "hinton": {},

@@ -89,7 +89,7 @@ def main(argv=None):
         for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             tensors = (tensor.to(dtype) for tensor in (x, d, weights))
             found["products"][precision] = measure(contenders(dtype, *tensors), args.rounds)
-        engine, name = ff.pick_engine("auto", "cpu", "bf16")
+        engine, name = ff.pick_engine("auto", "cpu", "fp32")
         fields = FieldKernels(engine.dtype) if name == "c" else ff_cifar.TorchFields()
         labels = torch.arange(EXAMPLES) % ff.LABELS
         found["engine"] = name

@@ -494,30 +494,30 @@ def test_memory_is_kept_where_there_is_glibc(monkeypatch):
 
 
 def test_smoke_gives_the_same_bytes_with_any_number_of_threads(on_pictures, tmp_path, capsys):
-    flags = ["--smoke", "--quiet", "--precision", "fp32", "--seeds", "1"]
+    flags = ["--smoke", "--quiet", "--seeds", "1"]
     flags += ["--configs", "ff-min-2", "choose-bp-lr0.1"]
     texts = []
     for threads in ("1", "2"):
         out = tmp_path / threads
         assert study.main([*flags, "--threads", threads, "--out", str(out)]) == 0
-        run = read_run(out / "ff-min-2-fp32.jsonl")
+        run = read_run(out / "ff-min-2.jsonl")
         assert run.script == "ff_cifar" and sorted(run.records) == [1337]
         texts.append([path.read_bytes() for path in sorted(out.glob("*.jsonl"))])
         assert (out / "curves.png").stat().st_size > 10_000
     assert len(texts[0]) == 2 and texts[0] == texts[1]
-    choice = read_run(tmp_path / "1" / "choose-bp-lr0.1-fp32.jsonl")
+    choice = read_run(tmp_path / "1" / "choose-bp-lr0.1.jsonl")
     assert choice.records[1337][-1]["split"] == "validation" and choice.config["validation"] == 30
     assert not choice.final("test") and not choice.final("train")
     assert "| FF, minimising squares | every label, all layers | 2 | 2 | 1 |" in capsys.readouterr().out
-    (tmp_path / "2" / "ff-min-2-fp32.jsonl").unlink()
+    (tmp_path / "2" / "ff-min-2.jsonl").unlink()
     flags[-2:] = ["choose-bp-lr0.1"]  # what is there is not trained again, and there is nothing to draw
     assert study.main([*flags, "--out", str(tmp_path / "2")]) == 0
-    assert texts[1][0] == (tmp_path / "2" / "choose-bp-lr0.1-fp32.jsonl").read_bytes()
+    assert texts[1][0] == (tmp_path / "2" / "choose-bp-lr0.1.jsonl").read_bytes()
     assert "read out by" not in capsys.readouterr().out
 
 
 def test_what_is_asked_wrongly_or_fails_is_one_sentence(on_pictures, tmp_path, capsys, monkeypatch):
-    flags = ["--smoke", "--quiet", "--precision", "fp32", "--out", str(tmp_path), "--configs"]
+    flags = ["--smoke", "--quiet", "--out", str(tmp_path), "--configs"]
     assert study.main([*flags, "bp-7"]) == 2
     one_sentence(capsys.readouterr().err, "--configs bp-7", "ff-max-2")
     monkeypatch.setitem(study.CONFIGS, "ff-max-2", {**study.CONFIGS["ff-max-2"], "lr": 1e30})
@@ -578,7 +578,9 @@ def test_committed_runs_are_those_of_the_configs_and_the_best_was_chosen():
     best = {}
     for path in study.PAGE.parent.glob("*.jsonl"):
         run = read_run(path)
-        assert run.config == json.loads(json.dumps({**study.CONFIGS, **study.CHOICES}[path.stem]))
+        bf16 = {"precision": "bf16"} if path.stem.endswith("-bf16") else {}
+        config = {**study.CONFIGS, **study.CHOICES}[path.stem.removesuffix("-bf16")] | bf16
+        assert run.config == json.loads(json.dumps(config))
         if run.config["validation"]:
             method = path.stem.removeprefix("choose-").split("-lr")[0]
             (record,) = run.final("validation")
