@@ -240,7 +240,7 @@ def layer_gradient(layer, x, h, sums, labels, network):
     d, of_all_positives = d[:-1], d[-1]
     counts = torch.bincount(labels[:n], minlength=ff.LABELS)[:, None]
     of_labels = (counts * of_all_positives).index_add_(0, labels[taught], d) * config.label_scale
-    # What a positive and its negative have in common is multiplied once, by the sum of what both are to learn.
+    # What a positive and its negative have in common is multiplied once, by the sum of what both teach.
     by_input = d.new_zeros(len(x), UNITS).index_add_(0, taught % len(x), d)
     by_input[:n] += of_all_positives
     weights = fields.outer(fields.see(x), by_input.to(x.dtype))
