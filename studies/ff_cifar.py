@@ -340,7 +340,7 @@ CONFIGS = {
     f"{name}-{layers}": {**own, "layers": layers} for layers in (2, 3) for name, own in METHODS.items()
 }
 # What was tried, with two layers, to choose the learning rates of METHODS by.
-CHOOSING = {"passes": 4, "validation": 5000}
+CHOOSING = {"passes": 4, "validation": 5000, "precision": "bf16"}
 TRIED = {
     "bp": [{"lr": lr} for lr in (0.03, 0.1, 0.3, 1.0, 3.0)],
     "ff-max": [{"lr": lr, "label_scale": 8.0} for lr in (0.003, 0.01, 0.03)],
@@ -359,7 +359,7 @@ STEPS = {"ff": (ff_step, ff_answers), "bp": (bp_step, bp_answers)}
 # Training and evaluation
 
 
-def load(dtype, data_root=None, at_most=None):
+def load(data_root=None, at_most=None):
     """split -> images (n, 3072) and labels (n,), at most so many, and the SHA-256 of all the data.
 
     Each colour has a mean of 0 and a standard deviation of 1 over the training images, and then each image
@@ -375,7 +375,7 @@ def load(dtype, data_root=None, at_most=None):
     mean, sd = (torch.from_numpy(each).float() for each in (mean, np.sqrt(variance)))
 
     def normalise(images):
-        return ff.unit_rms(((images - mean) / sd).flatten(1)).to(dtype)
+        return ff.unit_rms(((images - mean) / sd).flatten(1))
 
     found = {}
     for split, own in splits.items():
@@ -463,8 +463,6 @@ def parse_flags(argv):
     names, usual = [*CONFIGS, *CHOICES], ["*-2"]
     words = f"which to train, as patterns, of {', '.join(names)} (default: {' '.join(usual)})"
     parser.add_argument("--configs", nargs="+", default=usual, metavar="PATTERN", help=words)
-    words = "of products (default: fp32); bf16 is faster on a processor that has it, and ends a run's name"
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=words)
     args = common.parse(parser, argv)
     for pattern in args.configs:
         if not fnmatch.filter(names, pattern):
@@ -478,18 +476,21 @@ def main(argv=None):
     args, configs = parse_flags(argv)
     torch.set_num_threads(1)  # each thread trains a network by itself
     keep_freed_memory()
-    engine, engine_name = ff.pick_engine(args.engine, args.device, args.precision)
-    fields = FieldKernels(engine.dtype) if engine_name == "c" else TorchFields(args.device)
-    splits, sha256 = load(engine.dtype, args.data_root, SMOKE["smoke_images"] if args.smoke else None)
+    splits, sha256 = load(args.data_root, SMOKE["smoke_images"] if args.smoke else None)
     splits = {split: (x.to(args.device), y.to(args.device)) for split, (x, y) in splits.items()}
-    changes = {"precision": args.precision} | (SMOKE if args.smoke else {})
-    suffix = "-bf16" if args.precision == "bf16" else ""
-    configs = {name + suffix: {**config, **changes} for name, config in configs.items()}
+    configs = {name: {**config, **(SMOKE if args.smoke else {})} for name, config in configs.items()}
     for config in configs.values() if args.smoke else ():
         config["validation"] = min(config["validation"], SMOKE["smoke_images"] // 2)
+    _, engine_name = ff.pick_engine(args.engine, args.device, "fp32")
+
+    def train_config(config, seed, progress):
+        engine, _ = ff.pick_engine(engine_name, args.device, config["precision"])
+        fields = FieldKernels(engine.dtype) if engine_name == "c" else TorchFields(args.device)
+        own = {split: (x.to(engine.dtype), y) for split, (x, y) in splits.items()}
+        return train(config, seed, own, engine, fields, progress)
+
     common.run_configs(
-        args, "ff_cifar", configs,
-        lambda config, seed, progress: train(config, seed, splits, engine, fields, progress), sha256,
+        args, "ff_cifar", configs, train_config, sha256,
         work=lambda config: config["passes"] * len(split_for(config, splits)["train"][1]),
         engine=engine_name, device=args.device,
     )  # fmt: skip

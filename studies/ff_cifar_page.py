@@ -28,7 +28,7 @@ def errors_table(found):
     """Train and test errors of every network and way to read out, beside what is published."""
     reference, rows = utils.reference("ff"), []
     for name, run in finals(found).items():
-        method, layers = name.removesuffix("-bf16").rsplit("-", 1)
+        method, layers = name.rsplit("-", 1)
         for way, words in WAYS.items():
             errors = {
                 split: [record["errors"][way] for record in run.final(split) if way in record["errors"]]
@@ -88,7 +88,7 @@ def reached_table(found, speed):
             error, passes = curve(run)[-1], run.config["passes"]
             first = next((k for k, own in enumerate(curve(found[rival]), start=1) if own <= error), None)
             each = [seconds_a_pass(speed, own, found[own]) for own in (name, rival)]
-            method, layers = name.removesuffix("-bf16").rsplit("-", 1)
+            method, layers = name.rsplit("-", 1)
             cells = [NAMES[method], layers, f"{error:.2f}%", passes, first or "never"]
             if first and all(each):
                 cells += [f"{passes * each[0]:.0f}", f"{first * each[1]:.0f}"]
