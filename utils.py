@@ -244,11 +244,14 @@ def npz_bytes(**arrays):
     return buffer.getvalue()
 
 
+parse_toml = functools.cache(tomllib.loads)  # compare.py looks into the same files a thousand times
+
+
 def reference(name):
-    """The published numbers in reference/<name>.toml."""
+    """The published numbers in reference/<name>.toml; what is returned is shared, and not to be changed."""
     path = ROOT / "reference" / f"{name}.toml"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadRequest(f"{path} cannot be read ({error}): restore it from git") from error
 
