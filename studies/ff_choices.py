@@ -9,8 +9,8 @@ that a preset is well chosen: by a change that is clearly better.
 
 `ours` and `hinton` were chosen in this way by hand, and no log of that was kept. So theirs are not the
 records of that search, but those of a search that can be repeated. `short` and `jitter` are quicker versions
-of `ours` and `hinton-jitter`, and `weaker-decay` is what `permutation-invariant` was before its weight decay
-was chosen.
+of `ours` and `hinton-jitter`, `narrow` has the layers of `hinton` with a quarter of their units, and
+`weaker-decay` is what `permutation-invariant` was before its weight decay was chosen.
 """
 
 import fnmatch
@@ -56,10 +56,7 @@ OTHERS = {  # preset -> field -> what else it might be
         "dropout": (0.2,),
         "lr": (0.015,),
         "batch_size": (100,),
-        "label_scale": (3.0,),
         "peer": (0.0,),
-        "negatives": ("random",),
-        "temperature": (4.0,),
     },
     "permutation-invariant": {},
     "standard": {"skip_threshold": (0.0,)},
