@@ -510,12 +510,16 @@ def test_the_joint_picture(tmp_path, capsys):
 
 @quick
 def test_yes_partly_or_no():
-    def found(*verdicts):
-        return [compare.Comparison("test_misses", 1, OURS, None, None, verdict) for verdict in verdicts]
+    def found(*verdicts, quantity="test_misses", published=1):
+        return [compare.Comparison(quantity, published, OURS, None, None, verdict) for verdict in verdicts]
 
     assert compare.reproduced(found("inside", "inside", "misprinted")) == "yes, 2 of 2"
     assert compare.reproduced(found("inside", "outside, as expected")) == "partly, 1 of 2"
     assert compare.reproduced(found("outside", "misprinted")) == "no, 0 of 1"
+    assert compare.reproduced(found("outside", published=1000)) == "no, 0 of 1: ours is better"
+    assert compare.reproduced(found("outside", quantity="test_accuracy")) == "no, 0 of 1: ours is better"
+    mixed = found("outside", "misprinted") + found("outside, as expected", published=1000)
+    assert compare.reproduced(mixed) == "no, 0 of 2"
     assert compare.reproduced(found("too few seeds")) == "n < 5"
     assert compare.reproduced([]) == "no run yet"
 

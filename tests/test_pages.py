@@ -10,7 +10,6 @@ from conftest import ROOT
 from records import tables
 
 STUDIES = sorted(path.stem for path in (ROOT / "studies").glob("*.py") if "PAGE = " in path.read_text())
-STUDIES.remove("ff_cifar")  # only its choice of learning rates has begun, so the front page does not name it
 PAGES = sorted(
     ["README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "results").glob("*/README.md"))]
 )
