@@ -1,7 +1,7 @@
 // Products of maps with local receptive fields without weight sharing: forward, by weights, and by inputs.
 //
-// studies/ff_cifar.py defines what is right, in PyTorch (TorchFields), and says what a tile is. A map has SIDE x
-// SIDE places of MAPS numbers; padded, it has a border of zeros that is half of a field wide. A tile of 4x4 places
+// local_fields.py defines what is right, in PyTorch (TorchFields), and says what a tile is. A map has SIDE x SIDE
+// places of MAPS numbers; padded, it has a border of zeros that is half of a field wide. A tile of 4x4 places
 // sees PATCH x PATCH of the padded places, and has a matrix (14*14*3 inputs, 4*4*3 units) of weights.
 //
 // A cell is 32 bits: two bfloat16 with -DBF16=1, otherwise one float. An instruction multiplies LANES cells by as many

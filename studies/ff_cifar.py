@@ -1,8 +1,8 @@
 """Forward-Forward on CIFAR-10, with local receptive fields (Hinton 2022): how far behind backpropagation?
 
-    python -m studies.ff_cifar                         # two layers: 25 minutes of one core
-    python -m studies.ff_cifar --configs 'choose-*'    # the choice of learning rates, by validation images: 6
-    python -m studies.ff_cifar --configs '*-3'         # three layers: 40
+    python -m studies.ff_cifar                         # two layers: an hour and a half of one core with AVX2
+    python -m studies.ff_cifar --configs 'choose-*'    # the choice of learning rates, by validation images
+    python -m studies.ff_cifar --configs '*-3'         # three layers: two and a half hours
 
 A hidden layer is a map of 32x32 places with 3 units each, and a unit sees 11x11 places of the map below, or
 of the image's three colours: 363 inputs. No weights are shared, so this is no convolution. Published
@@ -27,7 +27,6 @@ import contextlib
 import ctypes
 import fnmatch
 import hashlib
-import math
 import sys
 from types import SimpleNamespace
 
@@ -38,7 +37,7 @@ import torch.nn.functional as F
 import forward_forward as ff
 import utils
 from datasets import cifar10
-from kernels.local_fields import FieldKernels
+from kernels.local_fields import FAN_IN, FIELD, MAPS, PLACES, SIDE, UNITS, FieldKernels, TorchFields, to_tiles
 from records import figures
 from records import run as runs
 from studies import common, ff_cifar_page
@@ -50,9 +49,7 @@ PAGE = utils.ROOT / "results" / "ff_cifar" / "README.md"
 #
 # Activities, like images, are rows (n, 3072): place by place, and the units or colours of a place together.
 
-SIDE, MAPS, FIELD = 32, 3, 11
-UNITS, FAN_IN, PLACES = SIDE * SIDE * MAPS, FIELD * FIELD * MAPS, SIDE * SIDE
-assert (UNITS, FAN_IN) == (3072, 363)
+assert (SIDE, FIELD, MAPS) == (32, 11, 3) and (UNITS, FAN_IN) == (3072, 363)
 
 
 def plain_products(x, weights):
@@ -81,83 +78,7 @@ def plain_likelihood(h, config):
     return F.logsigmoid(torch.cat([logit[:n], -logit[n:]]) / config.temperature)
 
 
-# The same, faster
-#
-# Places that are neighbours see nearly the same, so 4x4 places are a tile, and see 14x14 places. The weights
-# of a tile are a matrix of 14*14*3 inputs and 4*4*3 units, in which all is 0 that a unit does not see; those
-# are 38% of it. A layer is 64 such products. studies/ff_cifar_speed.py says how long other ways take.
-
-TILE = 4
-
-
-def of_fields(tiles):
-    """A view of the tiles' matrices, (64, 588, 48) for tiles of 4x4, that has only what units see.
-
-    Its shape is (8, 4, 8, 4, 3, 11, 11, 3): row and column of places, both by tile and within it; map, row
-    and column within the field; unit. The next place's weights stand as many inputs and units farther on.
-    """
-    count, inputs, units = tiles.shape
-    side, tile = math.isqrt(count), math.isqrt(units // MAPS)
-    row, column = (tile + FIELD - 1) * MAPS * units, MAPS * units
-    shape = side, tile, side, tile, MAPS, FIELD, FIELD, MAPS
-    down, right = row + tile * MAPS, column + MAPS
-    strides = side * inputs * units, down, inputs * units, right, units, row, column, 1
-    return tiles.as_strided(shape, strides)
-
-
-def to_fields(tiles):
-    """The weights (1024, 363, 3) of `plain_products` in the matrices of the tiles."""
-    return of_fields(tiles).reshape(PLACES, FAN_IN, MAPS)
-
-
-def to_tiles(fields, tile=TILE):
-    """The matrices of the tiles that have the weights (1024, 363, 3) in them."""
-    tiles = fields.new_zeros((SIDE // tile) ** 2, (tile + FIELD - 1) ** 2 * MAPS, tile**2 * MAPS)
-    view = of_fields(tiles)
-    view.copy_(fields.view(view.shape))
-    return tiles
-
-
-class TorchFields:
-    """Products with local fields, by tiles, in PyTorch; x, weights and d have one dtype, as results have."""
-
-    def __init__(self, device="cpu", tile=TILE):
-        self.mask = to_tiles(torch.ones(PLACES, FAN_IN, MAPS), tile).to(device)
-        self.tile, self.tiles, self.patch = tile, SIDE // tile, tile + FIELD - 1  # in one direction
-
-    def see(self, x):
-        """What the tiles see (64, n, 588) of x (n, 3072)."""
-        n, reach = len(x), FIELD // 2
-        padded = F.pad(x.view(n, SIDE, SIDE, MAPS), (0, 0, reach, reach, reach, reach))
-        image, row, column, _ = padded.stride()
-        shape = self.tiles, self.tiles, n, self.patch, self.patch * MAPS
-        patches = padded.as_strided(shape, (self.tile * row, self.tile * column, image, row, 1))
-        return patches.reshape(self.tiles**2, n, -1)
-
-    def products(self, seen, weights):
-        """As `plain_products`, of what `see` returned and the matrices of the tiles."""
-        products = torch.bmm(seen, weights).view(self.tiles, self.tiles, -1, self.tile, self.tile * MAPS)
-        return products.permute(2, 0, 3, 1, 4).reshape(-1, UNITS)
-
-    def outer(self, seen, d):
-        """The gradient by the weights: products of what is seen and of d (n, 3072), summed over examples."""
-        gradient = torch.bmm(seen.transpose(1, 2), self._by_tile(d))
-        return gradient.mul_(self.mask.to(gradient.dtype))
-
-    def back(self, d, weights):
-        """The gradient by x (n, 3072), float32, of which d (n, 3072) is that by the products."""
-        of_patches = torch.bmm(self._by_tile(d), weights.transpose(1, 2))
-        of_patches = of_patches.view(self.tiles, self.tiles, len(d), self.patch, self.patch, MAPS)
-        padded = torch.zeros(len(d), SIDE + FIELD - 1, SIDE + FIELD - 1, MAPS, device=d.device)
-        for row, tiles in zip(range(0, SIDE, self.tile), of_patches):
-            for column, own in zip(range(0, SIDE, self.tile), tiles):
-                padded[:, row : row + self.patch, column : column + self.patch] += own
-        inside = slice(FIELD // 2, FIELD // 2 + SIDE)
-        return padded[:, inside, inside].reshape(len(d), UNITS)
-
-    def _by_tile(self, d):
-        own = d.view(len(d), self.tiles, self.tile, self.tiles, self.tile * MAPS)
-        return own.permute(1, 3, 0, 2, 4).reshape(self.tiles**2, len(d), -1)
+# The same, faster: kernels/local_fields.py multiplies tiles of neighbouring places
 
 
 class Layer:

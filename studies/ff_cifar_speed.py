@@ -19,7 +19,7 @@ import torch
 import forward_forward as ff
 import utils
 from kernels import build
-from kernels.local_fields import FieldKernels
+from kernels.local_fields import FieldKernels, TorchFields, to_tiles
 from records.tables import write_tables
 from studies import ff_cifar, ff_cifar_page
 
@@ -37,9 +37,9 @@ def contenders(dtype, x, d, fields):
     found = {"one dense matrix": (lambda: x @ dense, lambda: x.T @ d)}
     for tile in (1, 4, 8, 16):
         name = f"tiles of {tile}x{tile}, PyTorch" if tile > 1 else "a matrix a place"
-        found[name] = own(ff_cifar.TorchFields(tile=tile), ff_cifar.to_tiles(fields, tile))
+        found[name] = own(TorchFields(tile=tile), to_tiles(fields, tile))
     try:
-        found["tiles of 4x4, C"] = own(FieldKernels(dtype), ff_cifar.to_tiles(fields))
+        found["tiles of 4x4, C"] = own(FieldKernels(dtype), to_tiles(fields))
     except build.Unavailable as error:
         print(f"no C: {error}", file=sys.stderr)
     return found
@@ -90,7 +90,7 @@ def main(argv=None):
             tensors = (tensor.to(dtype) for tensor in (x, d, weights))
             found["products"][precision] = measure(contenders(dtype, *tensors), args.rounds)
         engine, name = ff.pick_engine("auto", "cpu", "fp32")
-        fields = FieldKernels(engine.dtype) if name == "c" else ff_cifar.TorchFields()
+        fields = FieldKernels(engine.dtype) if name == "c" else TorchFields()
         labels = torch.arange(EXAMPLES) % ff.LABELS
         found["engine"] = name
         found["steps"] = measure(steps(engine, fields, ff.unit_rms(x).to(engine.dtype), labels), args.rounds)

@@ -12,7 +12,7 @@ import forward_forward as ff
 import utils
 from datasets import cifar10
 from kernels import build, local_fields
-from kernels.local_fields import FieldKernels
+from kernels.local_fields import FieldKernels, TorchFields, to_fields, to_tiles
 from records.run import Run, read_run
 from records.tables import fill
 from studies import ff_cifar as study
@@ -35,7 +35,7 @@ def compiled(dtype, target=None):
 
 def fields_of(name, dtype=torch.float32):
     if name.isdigit():
-        return study.TorchFields(tile=int(name))
+        return TorchFields(tile=int(name))
     return compiled(dtype, None if name == "c" else AVX2)
 
 
@@ -71,8 +71,8 @@ def test_a_unit_multiplies_what_it_sees():
 @pytest.mark.parametrize("tile", [4, 8])
 def test_the_matrices_of_tiles_have_every_weight_once_and_zeros(tile):
     weights = torch.arange(1, 1 + 1024 * 363 * 3, dtype=torch.float64).view(1024, 363, 3)
-    tiles = study.to_tiles(weights, tile)
-    assert torch.equal(study.to_fields(tiles), weights)
+    tiles = to_tiles(weights, tile)
+    assert torch.equal(to_fields(tiles), weights)
     assert int((tiles != 0).sum()) == 3072 * 363 and float(tiles.sum()) == float(weights.sum())
     assert tiles.shape == ((32 // tile) ** 2, (tile + 10) ** 2 * 3, tile**2 * 3)
 
@@ -85,15 +85,15 @@ def test_products_and_gradients_against_autograd_in_float64(name, n):
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
     true = study.plain_products(x, weights)
     by_x, by_weights = torch.autograd.grad((true * d).sum(), (x, weights))
-    x, d, tiles = x.detach().float(), d.float(), study.to_tiles(weights.detach().float(), tile)
+    x, d, tiles = x.detach().float(), d.float(), to_tiles(weights.detach().float(), tile)
     seen = fields.see(x)
     # The largest error measured is 3e-5, of numbers up to 90.
     close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=2e-4, check_dtype=False)
     close(fields.products(seen, tiles), true)
     close(fields.back(d, tiles), by_x)
     found = fields.outer(seen, d)
-    close(study.to_fields(found), by_weights)
-    assert torch.equal(found != 0, study.to_tiles(by_weights, tile) != 0)  # no gradient where nothing is seen
+    close(to_fields(found), by_weights)
+    assert torch.equal(found != 0, to_tiles(by_weights, tile) != 0)  # no gradient where nothing is seen
 
 
 @pytest.mark.parametrize("n", [1, 5, 18])
@@ -102,7 +102,7 @@ def test_c_multiplies_bfloat16_as_pytorch_does(n, target):
     """The results differ from those of float64 by the rounding of results alone: sums are float32."""
     fields = compiled(torch.bfloat16, target)
     x, d, weights = examples(n, torch.bfloat16)
-    exact, tiles = study.TorchFields(), study.to_tiles(weights)
+    exact, tiles = TorchFields(), to_tiles(weights)
     seen, wide = fields.see(x), exact.see(x.double())
     # A half of the last place is 2**-9 of a number; sums of float32 may differ by 1e-4 in all.
     close = functools.partial(torch.testing.assert_close, rtol=2**-8, atol=2e-4, check_dtype=False)
@@ -114,7 +114,7 @@ def test_c_multiplies_bfloat16_as_pytorch_does(n, target):
 @pytest.mark.quick
 def test_c_refuses_what_it_cannot_read():
     fields, (x, d, weights) = compiled(torch.float32), examples(5, torch.float32)
-    seen, tiles = fields.see(x), study.to_tiles(weights)
+    seen, tiles = fields.see(x), to_tiles(weights)
     wrong = [
         lambda: fields.see(x.double()),
         lambda: fields.see(x[:, 1:]),
@@ -189,7 +189,7 @@ def network_of(name, layers=2, engine_name="4", **changes):
 
 def in_float64(network):
     """For each layer weights (1024, 363, 3), label weights and biases; the softmax's; all to derive by."""
-    layers = [[study.to_fields(layer.weights), layer.label_weights, layer.biases] for layer in network.layers]
+    layers = [[to_fields(layer.weights), layer.label_weights, layer.biases] for layer in network.layers]
     layers = [[tensor.double().clone().requires_grad_() for tensor in own] for own in layers]
     return layers, network.head.double().clone().requires_grad_()
 
@@ -272,7 +272,7 @@ def test_forward_forward_against_autograd_in_float64(
         z = study.plain_products(before, own[0]) + codes @ own[1] + own[2]
         true = torch.autograd.grad(likelihood + (z * pull).sum(), own)
         weights, of_labels, biases = gradients[k]
-        close(study.to_fields(weights), true[0])
+        close(to_fields(weights), true[0])
         close(of_labels, true[1])
         close(biases, true[2])
         assert min(float(tensor.abs().max()) for tensor in true) > 1  # there is something to compare
@@ -302,7 +302,7 @@ def test_backpropagation_against_autograd_in_float64(engine):
     assert misses == int((true_logits.argmax(dim=1) != labels).sum())
     for k, (weights, of_labels, biases) in enumerate(gradients):
         assert of_labels is None and true[2 * k].abs().max() > 1e-2
-        close(study.to_fields(weights), true[2 * k])
+        close(to_fields(weights), true[2 * k])
         close(biases, true[2 * k + 1])
 
 
@@ -314,13 +314,13 @@ def test_a_step_follows_the_smoothed_gradient_and_decays(name):
     fields = torch.randn(1024, 363, 3, generator=generator)
     of_labels = torch.randn(10, 3072, generator=generator) if name == "ff-max" else None
     biases, head = torch.randn(3072, generator=generator), torch.randn(3072, 10, generator=generator)
-    gradients = [(study.to_tiles(fields), of_labels, biases)]
-    before = study.to_fields(layer.weights), layer.label_weights.clone(), layer.biases.clone()
+    gradients = [(to_tiles(fields), of_labels, biases)]
+    before = to_fields(layer.weights), layer.label_weights.clone(), layer.biases.clone()
     head_before = network.head.clone()
     study.step(network, gradients, head, n, rate)
     smoothed = 0.25 / n
     expected = before[0] * (1 - 0.1 * 0.1) + 0.1 * smoothed * fields
-    torch.testing.assert_close(study.to_fields(layer.weights), expected)
+    torch.testing.assert_close(to_fields(layer.weights), expected)
     assert torch.equal(layer.weights_lowp, layer.weights)
     assert int((layer.weights != 0).sum()) <= 3072 * 363  # what a unit does not see stays 0
     if of_labels is not None:
@@ -353,7 +353,7 @@ def test_networks_are_those_of_the_paper():
     network = network_of("ff-min", 3)
     for layer in network.layers:
         assert int((layer.weights != 0).sum()) == 3072 * 363
-        assert float(study.to_fields(layer.weights).square().mean()) * 363 == pytest.approx(1, rel=0.01)
+        assert float(to_fields(layer.weights).square().mean()) * 363 == pytest.approx(1, rel=0.01)
     assert network.head.shape == (3 * 3072, 10) and len(network.layers) == 3
     assert network_of("bp").head.shape == (3072, 10)
     assert len({float(layer.weights.sum()) for layer in network.layers}) == 3
@@ -422,7 +422,7 @@ def test_it_learns(name, on_pictures):
     splits, _ = study.load()
     config = {**study.METHODS[name], **SMALL, "passes": 3}
     engine, kind = ff.pick_engine("auto", "cpu", "fp32")
-    fields = compiled(torch.float32) if kind == "c" else study.TorchFields()
+    fields = compiled(torch.float32) if kind == "c" else TorchFields()
     records = study.train(config, 0, splits, engine, fields, lambda n: None)
     kinds = [(record["pass"], record["split"]) for record in records]
     assert kinds == [
@@ -535,14 +535,14 @@ def test_every_way_to_multiply_gives_the_same(monkeypatch, capsys):
     found = ff_cifar_speed.contenders(torch.float32, x, d, weights)
     true = study.plain_products(x, weights)
     assert len(found) >= 5
-    by_weights = study.to_fields(study.TorchFields().outer(study.TorchFields().see(x), d))
+    by_weights = to_fields(TorchFields().outer(TorchFields().see(x), d))
     for name, (forward, gradient) in found.items():
         product, own = forward(), gradient()
         if name == "one dense matrix":  # of zeros
             assert product.shape == true.shape and own.shape == (3072, 3072)
             continue
         torch.testing.assert_close(product, true, rtol=1e-4, atol=1e-3)
-        torch.testing.assert_close(study.to_fields(own), by_weights, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(to_fields(own), by_weights, rtol=1e-4, atol=1e-3)
     monkeypatch.setattr(ff_cifar_speed, "EXAMPLES", 2)
     monkeypatch.setattr(utils, "environment", environment)
     assert ff_cifar_speed.main(["--rounds", "1"]) == 0
