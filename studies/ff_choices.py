@@ -9,8 +9,9 @@ that a preset is well chosen: by a change that is clearly better.
 
 `ours` and `hinton` were chosen in this way by hand, and no log of that was kept. So theirs are not the
 records of that search, but those of a search that can be repeated. `short` and `jitter` are quicker versions
-of `ours` and `hinton-jitter`, `narrow` has the layers of `hinton` with a quarter of their units, and
-`weaker-decay` is what `permutation-invariant` was before its weight decay was chosen.
+of `ours` and `hinton-jitter`, `decayed` is `jitter` with a stronger weight decay, `narrow` has the layers of
+`hinton` with a quarter of their units, and `weaker-decay` is what `permutation-invariant` was before its
+weight decay was chosen.
 """
 
 import fnmatch
@@ -28,6 +29,7 @@ VALIDATION = 10_000
 PRESETS = {  # name -> a preset of forward_forward.py, and what is changed in order to try
     "short": ("ours", {"passes": 8}),
     "jitter": ("hinton-jitter", {"passes": 150}),
+    "decayed": ("hinton-jitter", {"passes": 150, "weight_decay": 1e-2}),
     "weaker-decay": ("permutation-invariant", {"weight_decay": 1e-2}),
     "narrow": ("hinton", {"width": 500, "precision": "fp32"}),
 } | {preset: (preset, {}) for preset in ff.PRESETS}
@@ -46,8 +48,9 @@ OTHERS = {  # preset -> field -> what else it might be
         "layers": (3,),
         "width": (2000,),
         "revisit_prob": (0.1,),
-        "weight_decay": (1e-2,),
+        "weight_decay": (1e-2, 3e-2),
     },
+    "decayed": {"layers": (3,), "width": (2000,), "dropout": (0.1,), "lr": (0.015,)},
     "hinton-jitter": {"dropout": (0.1,)},
     "weaker-decay": {"temperature": (4.0,), "dropout": (0.0,), "lr": (0.005,)},
     "narrow": {
