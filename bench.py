@@ -120,7 +120,8 @@ def measure_peak(seconds=0.2):
 
 def contenders(images, labels):
     """The network of 1989."""
-    config, lr, cores, targets = repro.KARPATHY, 0.03, utils.cores(), repro.place_code(labels)
+    config, cores, targets = repro.KARPATHY, utils.cores(), repro.place_code(labels)
+    lr = config["lr"]
     bordered, n, few = repro.add_border(images), len(images), len(images) // 15  # PyTorch need not see all
 
     def usual():

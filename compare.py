@@ -30,7 +30,6 @@ import difflib
 import functools
 import importlib
 import json
-import math
 import os
 import statistics
 import sys
@@ -199,13 +198,13 @@ def read_results(folder):
     runs, damaged = [], []
     for path in sorted(path for path in Path(folder).glob("*/*.jsonl") if path.parent.name != "smoke"):
         try:
-            runs.append(read_run(path))
+            runs.append(read_complete_run(path))
         except utils.BadRequest as error:
             damaged.append(str(error))
     return runs, damaged
 
 
-def read_run(path):
+def read_complete_run(path):
     """The Run in a file, all of whose seeds are complete. BadRequest where it is damaged."""
     run = run_files.read_run(path)
     try:
@@ -215,9 +214,6 @@ def read_run(path):
             last, passes = records[-1], run.config.get("passes")
             if isinstance(passes, int) and last.get("pass", passes) != passes:
                 raise ValueError(f"seed {seed} ends at pass {last['pass']} of {passes}")
-            for key in ("loss", "error", "misses", "n", "rejected"):
-                if not math.isfinite(last.get(key, 0)):
-                    raise ValueError(f"{key} of seed {seed} is {last[key]}")
     except (ValueError, TypeError, AttributeError) as error:
         raise utils.BadRequest(f"{path} is damaged ({error}): delete it, or restore it from git") from error
     return run
@@ -564,7 +560,7 @@ def ff_table(runs, page):
     rows = []
     for run in own:
         config, last = run.config, run.final("test")
-        seconds = [each for session in run.sessions for each in session["seconds"].values()]
+        seconds = run.seconds()
         errors = [[r["errors"][way] for r in last if way in r["errors"]] for way in names]
         ways = [tables.mean_sd(each) if each else "-" for each in errors]
         train = tables.mean_sd([record["error"] for record in run.final("train")])
@@ -613,8 +609,7 @@ def claims_table(readings):
         held = [(found[name].row, found[name].runs[0]) for name in names if found[name].runs]
         every = [each for row, run in held for each in compare(row, run)]
         main = [cells(row, headline(compare(row, run))) for row, run in held]
-        sessions = [session for _, run in held for session in run.sessions]
-        seconds = [each for session in sessions for each in session["seconds"].values()]
+        seconds = [each for _, run in held for each in run.seconds()]
         quantity, published, ours, _, _, n, _ = zip(*main) if main else "-------"
         unit = {"test misses": " misses", "test accuracy": " right"}.get(quantity[0], "")
         rows.append((
@@ -672,7 +667,7 @@ def write_pages(readings, runs):
 def pick_run(text, runs):
     """The run that a user means by a path, a name, or a folder and name."""
     if Path(text).is_file():
-        return read_run(Path(text).resolve())
+        return read_complete_run(Path(text).resolve())
     asked = text.removesuffix(".jsonl").removeprefix("results/")
     found = [run for run in runs if asked in (run.name, short(run))]
     if len(found) > 1:

@@ -28,7 +28,6 @@ and make training several times as fast: a layer computes no gradient for exampl
 and images that all layers are sure of are shown in one pass out of four.
 """
 
-import argparse
 import functools
 import hashlib
 import sys
@@ -907,8 +906,7 @@ def parse_flags(argv):
         kind, words = FLAGS[field]
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         flag(f"--{field.replace('_', '-')}", help=f"{words} (default: {usual})", **how)
-    utils.add_run_flags(parser, utils.ROOT / "results" / "forward_forward")
-    parser.add_argument("--figures", default=True, action=argparse.BooleanOptionalAction, help="draw figures")
+    utils.add_run_flags(parser, utils.ROOT / "results" / "forward_forward", figures=True)
     ask.add_flags(parser)
     args = parser.parse_args(argv)
     ask.check_flags(parser, args)

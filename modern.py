@@ -27,7 +27,6 @@ Expected last lines of `python modern.py` (MNIST, seed 1337; under 10 s on one c
 Records, log and figures go to results/modern/; `python compare.py` compares them with the published numbers.
 """
 
-import argparse
 import functools
 import sys
 import time
@@ -199,6 +198,11 @@ def train(config, seeds, splits, engine, progress=lambda n: None, every_pass=Tru
     return records, replicas
 
 
+def train_last(config, seed, splits, engine, progress=lambda n: None):
+    """`train` with one seed: its records after the last pass."""
+    return train(config, [seed], splits, engine, progress, every_pass=False)[0][seed]
+
+
 # Replicas. Each has its own weights and its own random numbers; all see the same digits in the same order.
 
 
@@ -321,7 +325,7 @@ def engine_facts(engine, device):
 
 def run_change(change, args, changes, digits, splits):
     """Train the seeds of a change, write its run, weights and figures, and return the Run."""
-    where = {key: value for key, value in digits.provenance.items() if key in ("data", "draw")}
+    where = digits.where()
     config = make_config(change, **where, train_size=args.train_size, **changes)
     # The file is named by what differs from `usual`: by another lr, but not by the final_lr that it scales.
     usual = make_config(change, **where, **{key: changes[key] for key in ("lr",) if key in changes})
@@ -330,9 +334,9 @@ def run_change(change, args, changes, digits, splits):
         config |= {"passes": min(config["passes"], 2), "smoke_digits": 500}
     gpu = pick_gpu(args.engine, args.device, config)
     engine = None if gpu else pick_engine(args.engine, args.device, config)
-    in_c = not gpu and engine.func is CReplica
     facts = gpu.facts() if gpu else engine_facts(engine, args.device)
-    words = [config["data"], *([config["draw"]] if config.get("draw") == "train-first" else [])]
+    in_c = facts["engine"] == "c"
+    words = [prepro.file_name(**where)]
     words += [f"change{change}"] if change != len(CHANGES) - 1 else []
     path = runs.path_of(args, words, config, usual, facts["engine"], args.device)
     threads, seeds = min(args.threads, args.seeds) if in_c else 1, range(args.seed, args.seed + args.seeds)
@@ -345,9 +349,10 @@ def run_change(change, args, changes, digits, splits):
         def train_and_save(own, progress):
             started = time.perf_counter()
             records, replicas = train(config, own, splits, engine, progress)
-            run.add(records, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
             for seed, parameters in zip(own, replicas.parameters()):
                 save(seed, parameters)
+            run.add(records, seconds)
             return replicas
 
         total = len(seeds) * config["passes"] * len(splits["train"][1])
@@ -469,9 +474,7 @@ def parse_flags(argv):
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         default = f"by change: {', '.join(values)}" if len(values) > 1 else f"default: {min(values)}"
         flag(f"--{name}", help=f"{text} ({default})", **how)
-    utils.add_run_flags(parser, utils.ROOT / "results" / "modern", cuda=True)
-    text = "plot figures (default: --figures)"
-    parser.add_argument("--figures", default=True, action=argparse.BooleanOptionalAction, help=text)
+    utils.add_run_flags(parser, utils.ROOT / "results" / "modern", cuda=True, figures=True)
     ask.add_flags(parser)
     args = parser.parse_args(argv)
     ask.check_flags(parser, args)

@@ -49,6 +49,10 @@ class Digits(NamedTuple):
     test_labels: np.ndarray
     provenance: dict
 
+    def where(self):
+        """Which digits these are: the data set, and the draw where it has several."""
+        return {key: self.provenance[key] for key in ("data", "draw") if key in self.provenance}
+
     def sha256(self):
         """The checksum of images and labels, which says what a network was trained and tested on."""
         return hashlib.sha256(b"".join(array.tobytes() for array in self[:4])).hexdigest()
@@ -217,10 +221,10 @@ def _load_prepared(name, draw, root, train_size):
     return digits
 
 
-def file_name(name, draw=None, train_size=TRAIN_SIZE, test_size=TEST_SIZE):
+def file_name(data, draw=None, train_size=TRAIN_SIZE, test_size=TEST_SIZE):
     """mnist (the published draw), mnist-train-first, usps or strokes, and the sizes if they are unusual."""
     sizes = f"-{train_size}-{test_size}" * ((train_size, test_size) != (TRAIN_SIZE, TEST_SIZE))
-    return (name if draw in (None, DRAWS[0]) else f"{name}-{draw}") + sizes
+    return (data if draw in (None, DRAWS[0]) else f"{data}-{draw}") + sizes
 
 
 def write(digits, path):

@@ -19,7 +19,6 @@ Records, log and figures go to results/repro/; `python compare.py` compares them
 (`result` in reference/lecun1989.toml and `repro` in reference/karpathy2022.toml).
 """
 
-import argparse
 import functools
 import importlib
 import math
@@ -346,15 +345,20 @@ def prepare_torch(device):
 
 def pick_engine(name, device, config):
     """The engine `name` (auto, c or torch) for the config; auto is C on a CPU, if it can be compiled."""
-    network = compile_network(
-        name,
-        device,
-        loss="mse",
-        activation="scaled_tanh" if config["activation"] == "scaled" else "tanh",
-        optimizer="sgd_rates" if config["optimizer"] == "sdlm" else "sgd",
-        reads=None if config["h2_scheme"] == "blocks" else H2_SCHEMES[config["h2_scheme"]],
-    )
-    return network or TorchEngine(config, device)
+    reads = None if config["h2_scheme"] == "blocks" else H2_SCHEMES[config["h2_scheme"]]
+    return compile_network(name, device, **variant_of(config), reads=reads) or TorchEngine(config, device)
+
+
+def variant_of(config):
+    """What the kernels in C and CUDA are compiled for."""
+    activation = "scaled_tanh" if config["activation"] == "scaled" else "tanh"
+    optimizer = "sgd_rates" if config["optimizer"] == "sdlm" else "sgd"
+    return {"loss": "mse", "activation": activation, "optimizer": optimizer}
+
+
+def engine_facts(engine, device="cpu"):
+    """What run.json says about the engine: its name and its device."""
+    return {"engine": "c" if isinstance(engine, Convnet1989) else "torch", "device": device}
 
 
 def train_wave(config, seeds, splits, gpu, progress=lambda n: None):
@@ -381,14 +385,8 @@ def train_wave(config, seeds, splits, gpu, progress=lambda n: None):
 
 def pick_gpu(name, device, config):
     """The network on a GPU (records/waves.py) for the engine `name`, or None if PyTorch or C is to train."""
-    return load_gpu(
-        name,
-        device,
-        None if config["h2_scheme"] == "blocks" else f"--h2-scheme {config['h2_scheme']}",
-        loss="mse",
-        activation="scaled_tanh" if config["activation"] == "scaled" else "tanh",
-        optimizer="sgd_rates" if config["optimizer"] == "sdlm" else "sgd",
-    )
+    lacking = None if config["h2_scheme"] == "blocks" else f"--h2-scheme {config['h2_scheme']}"
+    return load_gpu(name, device, lacking, **variant_of(config))
 
 
 def load_gpu(engine, device, lacking, **variant):
@@ -561,9 +559,7 @@ def parse_flags(argv):
         values = dict.fromkeys(str({**KARPATHY, **own}[name.replace("-", "_")]) for own in PRESETS.values())
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         flag(f"--{name}", help=f"{text} (by preset: {', '.join(values)})", **how)
-    utils.add_run_flags(parser, utils.ROOT / "results" / "repro", cuda=True)
-    text = "plot figures (default: --figures)"
-    parser.add_argument("--figures", default=True, action=argparse.BooleanOptionalAction, help=text)
+    utils.add_run_flags(parser, utils.ROOT / "results" / "repro", cuda=True, figures=True)
     ask.add_flags(parser)
     args = parser.parse_args(argv)
     ask.check_flags(parser, args)
@@ -581,21 +577,20 @@ def main(argv=None):
     if args.weights:
         return answer(args)
     digits = prepro.load_digits(args.data, args.draw, args.data_root)
-    where = {key: value for key, value in digits.provenance.items() if key in ("data", "draw")}
+    where = digits.where()
     config, preset = make_config(args.preset, **where, **changes), make_config(args.preset, **where)
     if args.smoke:
         preset |= {"passes": 2, "smoke_digits": 500}
         config |= {"passes": min(config["passes"], 2), "smoke_digits": 500}
     gpu = pick_gpu(args.engine, args.device, config)
     engine = gpu or pick_engine(args.engine, args.device, config)
-    threads = min(args.threads, args.seeds) if isinstance(engine, Convnet1989) else 1
     splits = border_splits(digits, config.get("smoke_digits"))
     if config["order"] == "shuffled":
         splits["train"] = tuple(array[shuffled(len(array))] for array in splits["train"])
-    words = [config["data"], *([config["draw"]] if config.get("draw") == "train-first" else [])]
+    words = [prepro.file_name(**where)]
     words += [args.preset] if args.preset != "karpathy" else []
-    facts = {"engine": "c" if isinstance(engine, Convnet1989) else "torch", "device": args.device}
-    facts |= gpu.facts() if gpu else {}
+    facts = gpu.facts() if gpu else engine_facts(engine, args.device)
+    threads = min(args.threads, args.seeds) if facts["engine"] == "c" else 1
     path = runs.path_of(args, words, config, preset, facts["engine"], args.device)
     seeds, title = range(args.seed, args.seed + args.seeds), title_of(config, args.preset)
     if args.figures:  # matplotlib takes half a second to import, and C trains meanwhile

@@ -181,10 +181,11 @@ def folder(text):
     return path
 
 
-def add_run_flags(parser, results, seed=1337, seeds=1, cuda=False):
+def add_run_flags(parser, results, seed=1337, seeds=1, cuda=False, figures=False):
     """Add the flags that mean the same in every script and study. `results` is the default of --out.
 
-    `cuda`: whether the script has a kernel for CUDA, so that it may be asked for.
+    `cuda`: whether the script has a kernel for CUDA, so that it may be asked for; `figures`: whether it plots
+    figures unless told not to.
     """
     parser.shared_by_ranks = True
     whole = functools.partial(number, int)
@@ -204,6 +205,9 @@ def add_run_flags(parser, results, seed=1337, seeds=1, cuda=False):
     where = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results
     flag("--out", metavar="DIR", default=results, type=folder, help=f"folder of results (default: {where})")
     flag("--quiet", action="store_true", help="print less, and show no progress bars")
+    if figures:
+        text = "plot figures (default: --figures)"
+        flag("--figures", default=True, action=argparse.BooleanOptionalAction, help=text)
 
 
 def cores():
@@ -266,7 +270,7 @@ def environment():
             return done.stdout.strip() if done.returncode == 0 else None
 
     ours = git("rev-parse", "--show-toplevel") == str(ROOT)  # and not a repository around an exported copy
-    changed = git("status", "--porcelain", "-uno", "--", "*.py", "*.c", "*.cu", "reference") if ours else None
+    changed = git("status", "--porcelain", "-uno", "--", "*.py", "*.c", "reference") if ours else None
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,1 +1,1 @@
-"""Hand-written training kernels: C, compiled on first use for the machine at hand, behind NumPy arrays."""
+"""Hand-written training kernels: C, compiled on first use for the machine at hand, and CUDA."""

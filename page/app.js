@@ -134,7 +134,7 @@ function card(id, answer, verdict, bars, refused = false) {
 
 function showAnswers() {
   const { out } = found.old, { first, second, gap } = rank(out), threshold = Number($("threshold").value), refused = gap < threshold;
-  const blank = (id, low) => card(id, "–", "", { values: new Array(10).fill(low > 0 ? 0 : 0), low, high: 1 });
+  const blank = (id, low) => card(id, "–", "", { values: new Array(10).fill(0), low, high: 1 });
   showRejection();
   if (found.blank) return ["card-old", "card-new", "card-ff"].forEach((id) => blank(id, id === "card-old" ? -1 : 0));
   card("card-old", String(first), refused ? `Refused: ${first} and ${second} are only ${signed(gap, 2)} apart.` : `Its two highest outputs, for ${first} and ${second}, are ${signed(gap, 2)} apart.`, { values: out, low: -1.1, high: 1.1 }, refused);

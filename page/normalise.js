@@ -1,5 +1,5 @@
 "use strict";
-// From a drawing to 16x16 pixels. studies/page_digits.py does the same in Python; a test compares them.
+// From a drawing to 16x16 pixels. datasets/pictures.py does the same in Python; a test compares them.
 
 const SIDE = 112; // pixels of the drawing board's bitmap
 const FINE = 4; // points that are averaged for a pixel of the 16x16, in each direction

@@ -51,6 +51,14 @@ class Run:
         found = ([r for r in own if r.get("split") == split] for _, own in sorted(self.records.items()))
         return [own[-1] for own in found if own]
 
+    def accuracies(self, split="test"):
+        """What each seed gets right after the last pass, in percent, in the order of seeds."""
+        return [100 - record["error"] for record in self.final(split)]
+
+    def seconds(self):
+        """The seconds of each seed, in the order in which they were trained."""
+        return [seconds for session in self.sessions for seconds in session["seconds"].values()]
+
     def require(self, script, config, data_sha256):
         """Raise BadRequest unless this is a run of that script and config on that data."""
         wanted = {"script": script, "config": _plain(config), "data": data_sha256}

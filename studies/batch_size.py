@@ -51,12 +51,6 @@ CONFIGS = {
 SEED, ROUNDS, DIGITS = 1337, 5, 2048  # of the timing
 
 
-def train(config, seed, splits, pick_engine, progress):
-    """The records of a network after its last pass."""
-    records, _ = modern.train(config, [seed], splits, pick_engine(config), progress, every_pass=False)
-    return records[seed]
-
-
 # The times
 
 
@@ -155,7 +149,7 @@ def main(argv=None):
         args,
         "batch_size",
         {name: config | smoke for name, config in CONFIGS.items()},
-        lambda config, seed, progress: train(config, seed, splits, pick_engine, progress),
+        lambda config, seed, progress: modern.train_last(config, seed, splits, pick_engine(config), progress),
         digits.sha256(),
         work=lambda config: config["passes"] * len(splits["train"][1]),
         **modern.engine_facts(pick_engine(USUAL), args.device),

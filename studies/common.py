@@ -1,6 +1,8 @@
 """What the studies share: flags, training what is not on disk yet, and choosing on validation examples."""
 
+import argparse
 import contextlib
+import fnmatch
 import hashlib
 import math
 import sys
@@ -14,27 +16,30 @@ from records import run as runs
 from records.tables import write_tables
 
 
-def study_flags(name, doc, seed=0, seeds=5):
-    """A parser with the flags that all studies have; the study `name` adds its own."""
+def study_flags(name, doc, seed=0, seeds=5, without=()):
+    """A parser with the flags that all studies have; the study `name` adds its own.
+
+    Those `without` which it does are not in --help, and `parse` refuses them.
+    """
     parser = utils.Parser(name, doc)
     flag = parser.add_argument_group("data").add_argument
     flag("--data-root", metavar="DIR", type=utils.folder, help=prepro.DATA_ROOT_HELP)
     utils.add_run_flags(parser, utils.ROOT / "results" / name, seed, seeds)
     parser.add_argument("--again", action="store_true", help="train seeds again that are on disk already")
+    parser.without = without
+    for action in parser._actions:
+        if action.dest in without:
+            action.help = argparse.SUPPRESS
     return parser
-
-
-def refuse(parser, args, *names):
-    """BadRequest where a flag was given that changes nothing in this study."""
-    for name in names:
-        if getattr(args, name) != parser.get_default(name):
-            flag = name.replace("_", "-")
-            raise utils.BadRequest(f"--{flag} changes nothing in this study: leave it out")
 
 
 def parse(parser, argv=None):
     """The parsed flags; `--smoke` runs go to results/smoke/, so that no page ever shows one."""
     args = parser.parse_args(argv)
+    for name in parser.without:
+        if getattr(args, name) != parser.get_default(name):
+            flag = name.replace("_", "-")
+            raise utils.BadRequest(f"--{flag} changes nothing in this study: leave it out")
     if args.smoke and args.out == parser.get_default("out"):
         args.out = utils.ROOT / "results" / "smoke" / args.out.name
     return args
@@ -51,6 +56,24 @@ def pick_engine(name, load, cost):
                 raise utils.BadRequest(f"--engine c: {error}; use --engine torch") from error
             print(f"{error}: PyTorch trains, which takes {cost}", file=sys.stderr)
     return "torch"
+
+
+def add_configs_flag(parser, default):
+    """The flag --configs, of patterns; `chosen` says which configs they are."""
+    words = f"which to train; * stands for any letters (default: {' '.join(default)})"
+    parser.add_argument("--configs", nargs="+", default=default, metavar="NAME", help=words)
+
+
+def chosen(patterns, configs):
+    """Of configs (name -> config) those that a pattern names. BadRequest for a pattern that names none."""
+    for pattern in patterns:
+        if not fnmatch.filter(configs, pattern):
+            raise utils.BadRequest(f"--configs {pattern} is none of {', '.join(configs)}")
+    return {
+        name: config
+        for name, config in configs.items()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }
 
 
 def run_configs(args, study, configs, train, data_sha256="", work=None, together=False, **facts):

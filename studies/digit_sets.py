@@ -14,12 +14,6 @@ SETS = "mnist", "usps", "strokes", "employees", "students"
 RUNGS = "raw", "cropped", "binarised"
 
 
-def shrink(images):
-    """28x28 bytes as 16x16 floats in [-1, 1], as prepro.py does it: (n, 16, 16)."""
-    images = images.float()[:, None] / 127.5 - 1
-    return F.interpolate(images, (16, 16), mode="bilinear", align_corners=False)[:, 0].numpy()
-
-
 def load_draw(draw, data_root=None, smoke=False):
     """split -> images (n, 16, 16) and labels: `train` and `test` of prepro.py's draw of MNIST, and the rest.
 
@@ -35,7 +29,7 @@ def load_draw(draw, data_root=None, smoke=False):
         for split in ("test", "train") if draw == "test-first" else ("train", "test"):
             images, labels = read[split]
             order = generator.permutation(len(labels))  # prepro.py keeps the first of these
-            whole[split] = shrink(images[order]), labels[order].numpy()
+            whole[split] = prepro.shrink(images[order]).numpy(), labels[order].numpy()
     splits = {split: tuple(array[: sizes[split]] for array in whole[split]) for split in sizes}
     fresh = {
         f"fresh-{split}": tuple(array[sizes[split] :] for array in whole[split])
@@ -53,7 +47,9 @@ def load_sets(data_root=None, smoke=False):
     else:
         found = {name: tuple(prepro.load(name, data_root=data_root))[:4] for name in SETS[:3]}
         whole = prepro.load_whole_mnist(data_root)
-        (x, y), (test_x, test_y) = ((shrink(images), labels.numpy()) for images, labels in whole.values())
+        (x, y), (test_x, test_y) = (
+            (prepro.shrink(images).numpy(), labels.numpy()) for images, labels in whole.values()
+        )
         found["whole"] = x, y, test_x, test_y
         by_student = qmnist.written_by_students(data_root)
         for name, wanted in ("employees", False), ("students", True):

@@ -295,8 +295,7 @@ def tables(folder=PAGE.parent):
         cells = [words, len(test), "at most " * (config.get("skip_threshold", 0) > 0) + updates, *errors]
         cells += [f"{first:.2f}%", f"{rest:.2f}%", ", ".join(f"{share:.0f}%" for share in silent)]
         cells += [", ".join(f"{own:.2f} / {other:.2f}" for own, other in zip(right, wrong))]
-        seconds = [value for session in run.sessions for value in session["seconds"].values()]
-        rows.append([*cells, f"{np.mean(seconds):,.0f}"])
+        rows.append([*cells, f"{np.mean(run.seconds()):,.0f}"])
     head = ["rung", "seeds", "updates of a layer", "train error", "test error", "test, layer 1 alone"]
     head += ["test, without layer 1", "silent units", "mean square, right / wrong", "seconds a seed"]
     return {"ladder": markdown_table(head, rows)}

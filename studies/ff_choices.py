@@ -14,7 +14,6 @@ of `ours` and `hinton-jitter`, `decayed` is `jitter` with a stronger weight deca
 weight decay was chosen.
 """
 
-import fnmatch
 import sys
 
 import torch
@@ -83,10 +82,10 @@ CONFIGS = make_configs()
 SMOKE = {"data": "strokes", "validation": 100, "width": 20, "passes": 2, "smoke_digits": 300}
 
 
-def train(config, seed, splits, shape, progress):
+def train(config, seed, splits, shape, engine_name, progress):
     """The records of a seed; of the splits, none is the test split."""
     config = ff.Config(**{field: config[field] for field in ff.Config._fields})
-    engine, _ = ff.pick_engine("auto", "cpu", config.precision)
+    engine, _ = ff.pick_engine(engine_name, "cpu", config.precision)
     return ff.train(config, seed, splits, shape, engine, progress=progress)[0]
 
 
@@ -125,25 +124,20 @@ def owner(name):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("ff_choices", __doc__, seed=0, seeds=1)
-    flag = parser.add_argument_group("configs").add_argument
-    words = "which; * stands for any letters (default: short*)"
-    flag("--configs", nargs="+", default=["short*"], metavar="NAME", help=words)
+    parser = common.study_flags("ff_choices", __doc__, seed=0, seeds=1, without=("device", "engine"))
+    common.add_configs_flag(parser, ["short*"])
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "device", "engine")
     torch.set_num_threads(1)
     changes = SMOKE if args.smoke else {}
-    names = {name for pattern in args.configs for name in fnmatch.filter(CONFIGS, pattern)}
-    if not names:
-        raise utils.BadRequest(f"--configs {' '.join(args.configs)}: there are only {', '.join(CONFIGS)}")
-    configs = {name: config | changes for name, config in CONFIGS.items() if name in names}
+    configs = {name: config | changes for name, config in common.chosen(args.configs, CONFIGS).items()}
     data, shown = changes.get("data", "mnist"), slice(changes.get("smoke_digits"))
     splits, shape, sha256 = ff.load(data, args.data_root, changes.get("validation", VALIDATION))
     splits = {split: (x[shown], y[shown]) for split, (x, y) in splits.items()}
+    _, engine_name = ff.pick_engine("auto", "cpu", "fp32")
     common.run_configs(
         args, "ff_choices", configs,
-        lambda config, seed, progress: train(config, seed, splits, shape, progress), sha256,
-        lambda config: config["passes"] * len(splits["train"][1]),
+        lambda config, seed, progress: train(config, seed, splits, shape, engine_name, progress), sha256,
+        lambda config: config["passes"] * len(splits["train"][1]), engine=engine_name,
     )  # fmt: skip
     common.show(args, PAGE, tables(args.out))
 

@@ -25,7 +25,6 @@ every unit has ten more inputs for the label. Images have no border in which a l
 
 import contextlib
 import ctypes
-import fnmatch
 import hashlib
 import sys
 from types import SimpleNamespace
@@ -41,7 +40,7 @@ from kernels.local_fields import FAN_IN, FIELD, MAPS, PLACES, SIDE, UNITS, Field
 from records import figures
 from records import run as runs
 from studies import common, ff_cifar_page
-from studies.ff_common import head_gradient
+from studies.ff_common import evaluate, head_gradient
 
 PAGE = utils.ROOT / "results" / "ff_cifar" / "README.md"
 
@@ -314,16 +313,6 @@ def split_for(config, splits):
     return {"train": (x[: n - held_out], y[: n - held_out]), "validation": (x[-held_out:], y[-held_out:])}
 
 
-def evaluate(network, images, labels, answers):
-    """The loss of the first way to answer, its misses, and the errors of every way in percent."""
-    found = [answers(network, part) for part in images.split(200)]
-    found = {way: torch.cat([own[way] for own in found]) for way in found[0]}
-    misses = {way: int((logits.argmax(dim=1) != labels).sum()) for way, logits in found.items()}
-    first = next(iter(found))
-    loss = float(F.cross_entropy(found[first].double(), labels))
-    return loss, misses[first], {way: 100 * count / len(labels) for way, count in misses.items()}
-
-
 def train(config, seed, splits, engine, fields, progress):
     """The records of a network: after each pass of the first training images, at the end of whole splits."""
     splits, records = split_for(config, splits), []
@@ -379,22 +368,12 @@ def keep_freed_memory():
         mallopt(trim_threshold, 2**30)
 
 
-def parse_flags(argv):
-    parser = common.study_flags("ff_cifar", __doc__, seed=1337, seeds=1)
-    names, usual = [*CONFIGS, *CHOICES], ["*-2"]
-    words = f"which to train, as patterns, of {', '.join(names)} (default: {' '.join(usual)})"
-    parser.add_argument("--configs", nargs="+", default=usual, metavar="PATTERN", help=words)
-    args = common.parse(parser, argv)
-    for pattern in args.configs:
-        if not fnmatch.filter(names, pattern):
-            raise utils.BadRequest(f"--configs {pattern} is none of {', '.join(names)}")
-    wanted = [name for name in names if any(fnmatch.fnmatchcase(name, own) for own in args.configs)]
-    return args, {name: {**CONFIGS, **CHOICES}[name] for name in wanted}
-
-
 @utils.exit_status
 def main(argv=None):
-    args, configs = parse_flags(argv)
+    parser = common.study_flags("ff_cifar", __doc__, seed=1337, seeds=1)
+    common.add_configs_flag(parser, ["*-2"])
+    args = common.parse(parser, argv)
+    configs = common.chosen(args.configs, {**CONFIGS, **CHOICES})
     torch.set_num_threads(1)  # each thread trains a network by itself
     keep_freed_memory()
     splits, sha256 = load(args.data_root, SMOKE["smoke_images"] if args.smoke else None)

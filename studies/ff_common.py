@@ -184,10 +184,9 @@ def errors_table(folder, sizes_of):
     tested = {name: run for name, run in read_runs(folder).items() if "validation" not in run.config}
     for name, run in tested.items():
         errors = {split: [record["error"] for record in run.final(split)] for split in ("test", "train")}
-        seconds = [each for session in run.sessions for each in session["seconds"].values()]
         sizes, published = sizes_of(run.config), reference[name.split("-")[0]]["test_error"]
         cells = [name, "-".join(map(str, sizes)), run.config["passes"], f"{published}%"]
         cells += [mean_sd(errors[split], unit="%") for split in errors]
-        lines.append([*cells, len(errors["test"]), f"{np.median(seconds) / 60:.1f}"])
+        lines.append([*cells, len(errors["test"]), f"{np.median(run.seconds()) / 60:.1f}"])
     head = ("config", "layers", "passes", "published", "test error", "train error", "seeds", "minutes a seed")
     return markdown_table(head, lines, left=2)

@@ -187,7 +187,8 @@ def plot(folder, name):
 
 @utils.exit_status
 def main(argv=None):
-    args = common.parse(common.study_flags("ff_memory", __doc__, seeds=1), argv)
+    parser = common.study_flags("ff_memory", __doc__, seeds=1, without=("data_root", "engine", "threads"))
+    args = common.parse(parser, argv)
     utils.require_device(args.device)
     torch.set_num_threads(1)
     name, config = args.device, CONFIG | (SMOKE if args.smoke else {})

@@ -149,9 +149,7 @@ def plot(folder):
 
 @utils.exit_status
 def main(argv=None):
-    args = common.parse(common.study_flags("ff_sleep", __doc__), argv)
-    if args.engine == "c":
-        raise utils.BadRequest("--engine c: phases are trained by PyTorch; leave it out")
+    args = common.parse(common.study_flags("ff_sleep", __doc__, without=("engine",)), argv)
     configs = {name: config | (SMOKE if args.smoke else {}) for name, config in CONFIGS.items()}
     utils.require_device(args.device)
     torch.set_num_threads(1)

@@ -13,9 +13,7 @@ the errors of two networks on validation digits. Then a network of every seed is
 and is shown the test digits once. The choice is made anew whenever seeds are added.
 """
 
-import fnmatch
 import math
-import statistics
 import sys
 
 import numpy as np
@@ -26,7 +24,7 @@ import forward_forward as ff
 import utils
 from records import figures
 from records import run as runs
-from records.tables import markdown_table, mean_sd, read_runs, student_t
+from records.tables import difference, markdown_table, mean_sd, read_runs
 from studies import common
 
 PAGE = utils.ROOT / "results" / "ff_sweep" / "README.md"
@@ -211,14 +209,9 @@ def fresh_table(runs):
         usual = usual or errors
         above = [errors[seed] - usual[seed] for seed in seeds if seed in usual]
         if errors:
-            difference = ""
-            if len(above) > 1 and errors is not usual:
-                mean, sd = statistics.fmean(above), statistics.stdev(above)
-                reach = student_t(0.975, len(above) - 1) * sd / len(above) ** 0.5
-                difference = f"{mean:+.2f} ({mean - reach:+.2f} to {mean + reach:+.2f})"
-            rows.append(
-                [name, f"{seeds[0]} to {seeds[-1]}", len(seeds), mean_sd(list(errors.values())), difference]
-            )
+            cells = [name, f"{seeds[0]} to {seeds[-1]}", len(seeds), mean_sd(list(errors.values()))]
+            compared = len(above) > 1 and errors is not usual
+            rows.append([*cells, difference(above, "+.2f") if compared else ""])
     head = ["config", "seeds", "n", "test error (%)", "points above base, and 95% interval"]
     return markdown_table(head, rows)
 
@@ -252,14 +245,10 @@ def plot(folder):
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("ff_sweep", __doc__)
-    flag = parser.add_argument_group("configs").add_argument
-    flag("--configs", default=["*"], nargs="+", help="names; * stands for any letters (default: all)")
+    common.add_configs_flag(parser, ["*"])
     args = common.parse(parser, argv)
     changes = SMOKE if args.smoke else {}
-    names = {name for pattern in args.configs for name in fnmatch.filter(CONFIGS, pattern)}
-    if not names:
-        raise utils.BadRequest(f"--configs {' '.join(args.configs)}: there are only {', '.join(CONFIGS)}")
-    asked = {name: config | changes for name, config in CONFIGS.items() if name in names}
+    asked = {name: config | changes for name, config in common.chosen(args.configs, CONFIGS).items()}
     torch.set_num_threads(1)
     usual = BASE | changes
     splits, sha256 = load(usual["data"], args.data_root, usual["validation"], args.device)

@@ -165,9 +165,7 @@ def plot(folder):
 
 @utils.exit_status
 def main(argv=None):
-    args = common.parse(common.study_flags("ff_time", __doc__), argv)
-    if args.device != "cpu":
-        raise utils.BadRequest(f"--device {args.device}: the seconds are those of a CPU; leave it out")
+    args = common.parse(common.study_flags("ff_time", __doc__, without=("device", "threads")), argv)
     torch.set_num_threads(1)
     configs = {name: config | (SMOKE if args.smoke else {}) for name, config in CONFIGS.items()}
     first = configs["forward-forward"]

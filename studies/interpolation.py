@@ -547,9 +547,8 @@ def tables(folder):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("interpolation", __doc__)
+    parser = common.study_flags("interpolation", __doc__, without=("data_root", "device", "engine"))
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "data_root", "device", "engine")
     torch.set_num_threads(1)
     configs = {name: smoke(config) if args.smoke else config for name, config in CONFIGS.items()}
     data = mnist1d_gen.make_dataset(num_samples=NUM_SAMPLES)

@@ -248,10 +248,9 @@ def tables(folder):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("lottery_tickets", __doc__, seeds=10)
+    parser = common.study_flags("lottery_tickets", __doc__, seeds=10, without=("data_root", "device"))
     parser.add_argument("--config", choices=CONFIGS, help="train only this config, and write no page")
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "data_root", "device")
     torch.set_num_threads(1)
     engine = common.pick_engine(args.engine, sparse_mlp.load, "about ten times as long")
     for name, config in CONFIGS.items():

@@ -27,7 +27,6 @@ import numpy as np
 import prepro
 import repro
 import utils
-from kernels.convnet1989 import Convnet1989
 from records import figures, ranks
 from records import run as runs
 from records.tables import read_runs
@@ -166,11 +165,10 @@ def plot(folder, splits):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("many_seeds", __doc__, seed=1000, seeds=1000)
+    parser = common.study_flags("many_seeds", __doc__, seed=1000, seeds=1000, without=("device", "again"))
     text = "which preset of repro.py to train (default: all)"
     parser.add_argument("--preset", default="all", choices=("all", *CONFIGS), help=text)
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "device", "again")
     if args.seeds < FEWEST:
         raise utils.BadRequest(f"--seeds {args.seeds}: the page shows distributions; train {FEWEST} or more")
     presets = CONFIGS if args.preset == "all" else (args.preset,)
@@ -183,9 +181,8 @@ def main(argv=None):
     for preset in presets:
         config = CONFIGS[preset] | smoke
         engine = engine_of(config)
-        in_c = isinstance(engine, Convnet1989)
-        threads = args.threads if in_c else 1
-        facts = {"threads": threads, "engine": "c" if in_c else "torch", "device": "cpu"}
+        facts = repro.engine_facts(engine)
+        threads = facts["threads"] = args.threads if facts["engine"] == "c" else 1
         path = args.out / f"{preset}.jsonl"
         with runs.open_run(path, "many_seeds", config, digits.sha256(), **facts) as run:
             train_missing(run, seeds, splits, engine, threads, args.quiet)

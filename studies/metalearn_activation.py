@@ -216,14 +216,13 @@ def run_part(args, part, engine, data, splits):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("metalearn_activation", __doc__, seeds=10)
+    parser = common.study_flags("metalearn_activation", __doc__, seeds=10, without=("device",))
     parts = "learned", "original", "fair", *activation_cnn.DATA
     parser.add_argument(
         "--parts", nargs="+", choices=parts, default=parts,
         help="train only these configs, by the first word of their names (default: all)",
     )  # fmt: skip
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "device")
     torch.set_num_threads(1)
     engine = common.pick_engine(args.engine, training_in_c, "several times longer")
     data = mnist1d_gen.make_dataset(num_samples=INNER["num_samples"])

@@ -344,9 +344,8 @@ def tables(folder):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("metalearn_lr", __doc__, seeds=10)
+    parser = common.study_flags("metalearn_lr", __doc__, seeds=10, without=("data_root", "engine", "device"))
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "data_root", "engine", "device")
     torch.set_num_threads(1)
     data = mnist1d_gen.make_dataset()
     configs = {name: config | SMOKE if args.smoke else config for name, config in CONFIGS.items()}
@@ -358,6 +357,7 @@ def main(argv=None):
         mnist1d_gen.sha256(data),
         work=lambda config: config.get("outer_steps") or len(config["grid"]),
         together=True,
+        engine="torch",
     )
     figures.save(draw(found), args.out / "metalearn_lr.png")
     common.show(args, PAGE, tables(args.out))

@@ -124,9 +124,8 @@ def tables(folder=PAGE.parent):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("mnist_models", __doc__)
+    parser = common.study_flags("mnist_models", __doc__, without=("device", "engine"))
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "device", "engine")
     torch.set_num_threads(1)
     smoke = SMOKE if args.smoke else {}
     splits, digest = load(args.data_root, smoke.get("smoke_digits"))
@@ -137,6 +136,7 @@ def main(argv=None):
         lambda config, seed, progress: train(config, seed, splits, progress),
         digest,
         work=lambda config: config["passes"] * len(splits["train"][1]),
+        engine="torch",
     )
     common.show(args, PAGE, tables(args.out))
 

@@ -50,12 +50,6 @@ CONFIGS = {
 }
 
 
-def train(config, seed, splits, pick_engine, progress):
-    """The records of a network after its last pass."""
-    records, _ = modern.train(config, [seed], splits, pick_engine(config), progress, every_pass=False)
-    return records[seed]
-
-
 def errors(folder):
     """(data, change) -> size -> the test errors of all seeds, in percent."""
     found = {}
@@ -121,7 +115,7 @@ def run_size(args, data, size, smoke):
         args,
         "more_data",
         configs,
-        lambda config, seed, progress: train(config, seed, splits, pick_engine, progress),
+        lambda config, seed, progress: modern.train_last(config, seed, splits, pick_engine(config), progress),
         digits.sha256(),
         work=lambda config: config["passes"] * len(splits["train"][1]),
         **modern.engine_facts(pick_engine(make_config(data, 4, size)), args.device),

@@ -240,9 +240,8 @@ def tables(folder=PAGE.parent):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("myth1_hessians", __doc__, seeds=3)
+    parser = common.study_flags("myth1_hessians", __doc__, seeds=3, without=("device", "threads"))
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "device")
     args.threads = 1  # what is timed runs alone, and forward-mode differentiation is not made for threads
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # PyTorch's own
@@ -251,9 +250,10 @@ def main(argv=None):
     digits = prepro.load(configs["layer"]["data"], data_root=args.data_root)
     splits = repro.border_splits(digits, 100 if args.smoke else None)
     do = functools.partial(train, splits=splits, engine=args.engine)
+    trained = repro.engine_facts(repro.pick_engine(args.engine, "cpu", configs["layer"]))["engine"]
     for name, config in configs.items():
-        sha256 = digits.sha256() if name == "layer" else ""
-        common.run_configs(args, "myth1_hessians", {name: config}, do, sha256)
+        sha256, engine = (digits.sha256(), trained) if name == "layer" else ("", "torch")
+        common.run_configs(args, "myth1_hessians", {name: config}, do, sha256, engine=engine)
     if args.again or not (args.out / "times.json").exists():
         rounds, seconds = (1, 1e-4) if args.smoke else (ROUNDS, 0.02)
         entered = contenders(configs, digits_of(configs["layer"], 0, splits, args.engine))

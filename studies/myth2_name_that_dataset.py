@@ -109,8 +109,8 @@ def fit_logistic(images, numbers, classes):
 def train_network(seed, splits, args, passes=None, number=2):
     """The records of the 1989 network with a change of modern.py, after the last pass."""
     config = modern.make_config(number, **({"passes": passes} if passes else {}))
-    engine = modern.pick_engine(args.engine, args.device, config)
-    return modern.train(config, [seed], splits, engine, every_pass=False)[0][seed]
+    engine = modern.pick_engine(args.engine, "cpu", config)
+    return modern.train_last(config, seed, splits, engine)
 
 
 def name_sets(config, seed, sets, args):
@@ -205,11 +205,11 @@ def tables(folder):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("myth2_name_that_dataset", __doc__)
+    parser = common.study_flags("myth2_name_that_dataset", __doc__, without=("device",))
     parser.add_argument("--part", choices=MEASURE, help="train only this part, and write no page")
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "device")
     torch.set_num_threads(1)
+    facts = modern.engine_facts(modern.pick_engine(args.engine, "cpu", modern.make_config()), "cpu")
     sets, digest = digit_sets.load_sets(args.data_root, args.smoke)
     for name, config in CONFIGS.items():
         part = name.split("-")[0]
@@ -221,7 +221,7 @@ def main(argv=None):
             {name: config | (SMOKE[part] if args.smoke else {})},
             lambda config, seed, _, measure=MEASURE[part]: measure(config, seed, sets, args),
             digest,
-            device=args.device,
+            **facts,
         )
     if not args.part:
         figures.save(myth2_page.plot(read_runs(args.out)), args.out / "myth2_name_that_dataset.png")

@@ -22,19 +22,15 @@ GROUPS = {
 # Naming
 
 
-def accuracies(run, split="test"):
-    return [100 - record["error"] for record in run.final(split)]
-
-
 def naming_table(found):
     rows = []
     for name, run in found.items():
         if not name.startswith("name-"):
             continue
         group, _, rung = name.removeprefix("name-").rpartition("-")
-        values, chance = accuracies(run), 100 / len(run.config["sets"])
+        values, chance = run.accuracies(), 100 / len(run.config["sets"])
         interval = "{:.1f} to {:.1f}".format(*confidence_interval(values)) if len(values) > 1 else "-"
-        cells = mean_sd(accuracies(run, "logistic"), ".1f"), mean_sd(values, ".1f"), interval
+        cells = mean_sd(run.accuracies("logistic"), ".1f"), mean_sd(values, ".1f"), interval
         place = list(GROUPS).index(group), RUNGS.index(rung)
         rows.append((place, (GROUPS[group], rung, len(values), f"{chance:.0f}", *cells)))
     head = "sets", "digits", "seeds", "chance", "logistic regression", "1989 network", "95% interval"
@@ -114,25 +110,17 @@ def value_table(found):
 def usps_table(found):
     """From MNIST to USPS by several ways, beside the published accuracy."""
     row, rows = utils.reference("myths")["mnist-to-usps"], []
-    rows.append(
-        (
-            "published (ADDA)",
-            "LeNet, 28x28",
-            "2,000",
-            "-",
-            f"{row['test_accuracy']} ± {row['test_accuracy_sd']}",
-        )
-    )
+    accuracy = f"{row['test_accuracy']} ± {row['test_accuracy_sd']}"
+    rows.append(("published (ADDA)", "LeNet, 28x28", "2,000", "-", accuracy, "-"))
 
     def add(what, network, size, values):
         low, high = confidence_interval(values) if len(values) > 1 else (math.nan, math.nan)
         cells = len(values), f"{mean_sd(values, '.1f')}", f"{low:.1f} to {high:.1f}"
         rows.append((what, network, f"{size:,}", *cells))
 
-    rows[0] = (*rows[0], "-")
     lenet = found["lenet"]
     for split, what in (("test", "USPS, 2,007 test digits"), ("usps-train", "USPS, 7,291 training digits")):
-        add(what, "LeNet, 28x28", lenet.config["train_size"], accuracies(lenet, split))
+        add(what, "LeNet, 28x28", lenet.config["train_size"], lenet.accuracies(split))
     for size in found["cross-mnist"].config["sizes"][-3:]:
         values = [100 - error for error in errors(found["cross-mnist"], "usps", size)]
         add("USPS, 2,007 test digits", "1989, 16x16", size, values)
@@ -165,7 +153,7 @@ def plot(found):
     figure, (left, *others) = figures.subplots(1, 3, figsize=(10, 4))
     for number, (group, label) in enumerate(GROUPS.items()):
         own = [(rung, found.get(f"name-{group}-{rung}")) for rung in RUNGS]
-        own = [(RUNGS.index(rung), accuracies(run)) for rung, run in own if run]
+        own = [(RUNGS.index(rung), run.accuracies()) for rung, run in own if run]
         places, values = zip(*own)
         style = {"color": f"C{number}", "capsize": 3, "marker": "o", "markersize": 4, "label": label}
         spread = [statistics.stdev(each) if len(each) > 1 else 0 for each in values]

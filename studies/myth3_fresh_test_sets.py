@@ -154,7 +154,7 @@ def search(config, seed, splits, args):
     rng, records, wrong = np.random.default_rng((seed, 1989)), [], []
     for number in range(config["candidates"]):
         own = sample_config(config, rng)
-        engine = modern.pick_engine(args.engine, args.device, own)
+        engine = modern.pick_engine(args.engine, "cpu", own)
         trained, replicas = modern.train(own, [seed], splits, engine, every_pass=False)
         records += [{**record, "candidate": number, "change": own["change"]} for record in trained[seed]]
         halves = splits["test"], splits["fresh-test"]
@@ -200,8 +200,8 @@ def train_mnist1d(config, seeds, splits, args):
 
 def train_ours(config, seed, splits, args):
     """The records of modern.py after the last pass, on fresh digits, too."""
-    engine = modern.pick_engine(args.engine, args.device, config)
-    return modern.train(config, [seed], splits, engine, every_pass=False)[0][seed]
+    engine = modern.pick_engine(args.engine, "cpu", config)
+    return modern.train_last(config, seed, splits, engine)
 
 
 # part -> how its data are loaded and what is measured, and the first seed: that of the committed runs
@@ -220,10 +220,9 @@ def tables(folder):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("myth3_fresh_test_sets", __doc__)
+    parser = common.study_flags("myth3_fresh_test_sets", __doc__, without=("device",))
     parser.add_argument("--part", choices=PARTS, help="train only this part, and write no page")
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "device")
     torch.set_num_threads(1)
     for name, config in CONFIGS.items():
         part = name.split("-")[0]
@@ -232,6 +231,8 @@ def main(argv=None):
         load, measure, first_seed = PARTS[part]
         config = config | (SMOKE[part] if args.smoke else {})
         data, digest = load(config, args.data_root)
+        network = modern.pick_engine(args.engine, "cpu", modern.make_config())
+        facts = modern.engine_facts(network, "cpu") if load is load_mnist else {"engine": "torch"}
         seeds = {"seeds": 1} if part == "cifar10" else {"seed": args.seed + first_seed}
         common.run_configs(
             argparse.Namespace(**vars(args) | seeds),
@@ -240,7 +241,7 @@ def main(argv=None):
             lambda config, seed, _, measure=measure, data=data: measure(config, seed, data, args),
             digest,
             together=part == "mnist1d",
-            device=args.device,
+            **facts,
         )
     if not args.part:
         figures.save(myth3_page.plot(read_runs(args.out)), args.out / "myth3_fresh_test_sets.png")

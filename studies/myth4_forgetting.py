@@ -248,10 +248,9 @@ def train_config(args, name, engine):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("myth4_forgetting", __doc__, seed=1)
+    parser = common.study_flags("myth4_forgetting", __doc__, seed=1, without=("device",))
     parser.add_argument("--config", choices=CONFIGS, help="train only this config, and write no page")
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "device")
     torch.set_num_threads(1)
     engine = common.pick_engine(args.engine, convnet_sgd.load, "about eight times as long")
     for name in [args.config] if args.config else CONFIGS:

@@ -226,9 +226,8 @@ def steps_of(config, n):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("myth5_fixup", __doc__)
+    parser = common.study_flags("myth5_fixup", __doc__, without=("device", "engine"))
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "device", "engine")
     torch.set_num_threads(1)
     seeds, first = args.seeds, make_config("fixup", 10) | (SMOKE if args.smoke else {})
     splits, sha256 = load_data(first, args.data_root)  # the same for all configs

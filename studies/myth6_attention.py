@@ -191,9 +191,8 @@ def tables(folder):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("myth6_attention", __doc__)
+    parser = common.study_flags("myth6_attention", __doc__, without=("data_root", "device", "engine"))
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "data_root", "device", "engine")
     torch.set_num_threads(1)
 
     def run(configs, train, count=1, **flags):

@@ -111,8 +111,7 @@ def train(config, seeds, progress, splits, pick_engine):
         own = {key: value for key, value in config.items() if key in modern.make_config()}
         own["final_lr"] = config["lr"] * CONVNETS[config["network"]][1]
         engine = pick_engine(own)
-        found = [modern.train(own, [seed], splits, engine, progress, every_pass=False)[0] for seed in seeds]
-        return {seed: records for each in found for seed, records in each.items()}
+        return {seed: modern.train_last(own, seed, splits, engine, progress) for seed in seeds}
     examples = {
         split: (torch.from_numpy(x[:, 0, 2:-2, 2:-2].reshape(len(x), -1).T.copy()), torch.from_numpy(y))
         for split, (x, y) in splits.items()
@@ -171,11 +170,11 @@ def tables(folder):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("myth6_micro_vit", __doc__, seeds=10)
+    parser = common.study_flags("myth6_micro_vit", __doc__, seeds=10, without=("device",))
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "device")
     torch.set_num_threads(1)
     pick_engine = functools.partial(modern.pick_engine, args.engine, "cpu")
+    engine = modern.engine_facts(pick_engine(modern.make_config()), "cpu")["engine"]
 
     def run(configs, train, **flags):
         for name, config in configs.items():
@@ -191,7 +190,7 @@ def main(argv=None):
                 digest,
                 lambda config: config["passes"] * config["train_size"],  # of a candidate, while choosing
                 together=True,
-                engine=args.engine,
+                engine=engine if config["network"] in CONVNETS else "torch",
             )
 
     run(CHOICES, choose, seed=myth6.CHOOSING_SEEDS[0], seeds=len(myth6.CHOOSING_SEEDS))

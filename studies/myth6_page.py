@@ -39,23 +39,18 @@ def share(values, low, high):
 # Attention on MNIST-1D
 
 
-def accuracies(run, split="fresh"):
-    """The accuracy of each seed after the last update, in percent."""
-    return [100 - record["error"] for record in run.final(split)]
-
-
 def mixer_table(found, count):
     """All networks that were trained on 4,000 examples in order."""
-    attention, dynamic = (accuracies(found[f"{kind}-4000"]) for kind in ("attention", "dynamic"))
+    attention, dynamic = (found[f"{kind}-4000"].accuracies("fresh") for kind in ("attention", "dynamic"))
     rows = []
     for name, run in found.items():
         kind, _, ending = name.partition("-4000")
         if "-4000" not in name:
             continue
-        fresh = accuracies(run)
+        fresh = run.accuracies("fresh")
         against = [own - other for own, other in zip(fresh, attention)]
         cells = [f"{count(run.config):,}", f"{run.config['updates']:,}", f"{run.config['lr']:g}", len(fresh)]
-        cells += [mean_sd(accuracies(run, split), ".1f") for split in ("train", "test", "fresh")]
+        cells += [mean_sd(run.accuracies(split), ".1f") for split in ("train", "test", "fresh")]
         cells += ["-" if name == "attention-4000" else difference(against)]
         cells += [share(fresh, attention, dynamic) if kind in LOCALITY else "-"]
         rows.append((f"{kind}{ending.replace('-', ', ')}", *cells))
@@ -67,7 +62,7 @@ def size_table(found, kinds, sizes):
     """Fresh accuracy against the number of training examples, and the gap between dynamic and attention."""
     rows = []
     for n in sizes:
-        own = {kind: accuracies(found[f"{kind}-{n}"]) for kind in kinds}
+        own = {kind: found[f"{kind}-{n}"].accuracies("fresh") for kind in kinds}
         gap = [a - b for a, b in zip(own["dynamic"], own["attention"])]
         cells = (mean_sd(values, ".1f") for values in own.values())
         rows.append(
@@ -89,9 +84,12 @@ def order_table(found, kinds):
     rows = []
     for kind in kinds:
         runs = found[f"{kind}-4000"], found[f"{kind}-shuffled"]
-        cells = [mean_sd(accuracies(run, split), ".1f") for split in ("test", "fresh") for run in runs]
-        change = [b - a for a, b in zip(*map(accuracies, runs))]
-        against = [a - b for a, b in zip(accuracies(runs[1]), accuracies(found["attention-shuffled"]))]
+        cells = [mean_sd(run.accuracies(split), ".1f") for split in ("test", "fresh") for run in runs]
+        change = [b - a for a, b in zip(*(run.accuracies("fresh") for run in runs))]
+        against = [
+            a - b
+            for a, b in zip(runs[1].accuracies("fresh"), found["attention-shuffled"].accuracies("fresh"))
+        ]
         rows.append(
             (
                 kind,
@@ -114,7 +112,7 @@ def plot_accuracies(found, kinds, sizes, all_kinds):
     figure, (left, right) = figures.subplots(1, 2, figsize=(10, 4.2))
     colours = {kind: f"C{number}" for number, kind in enumerate(all_kinds)}
     for kind in kinds:
-        own = np.array([accuracies(found[f"{kind}-{n}"]) for n in sizes]).T
+        own = np.array([found[f"{kind}-{n}"].accuracies("fresh") for n in sizes]).T
         figures.band(left, sizes, own, kind, color=colours[kind], marker="o", markersize=3)
     left.set(
         xscale="log", xlabel="training examples", xticks=sizes, ylabel="accuracy on 10,000 fresh examples (%)"
@@ -126,7 +124,7 @@ def plot_accuracies(found, kinds, sizes, all_kinds):
     for row, kind in enumerate(all_kinds):
         for order, marker in (("4000", "o"), ("shuffled", "x")):
             if f"{kind}-{order}" in found:
-                values = accuracies(found[f"{kind}-{order}"])
+                values = found[f"{kind}-{order}"].accuracies("fresh")
                 right.plot(values, [row] * len(values), marker, color=colours[kind], markersize=5, alpha=0.7)
     for row in ("cnn", "cnn-shuffled"):
         right.axvline(

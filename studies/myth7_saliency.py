@@ -128,12 +128,19 @@ def rank_correlation(maps, others):
 # A run: train a network, attack its maps
 
 
+def pick_engine(config, kind, name="auto"):
+    """The engine of repro.py or of modern.py for a kind of network, and what run.json says about it."""
+    script = repro if kind == "tanh" else modern
+    engine = script.pick_engine(name, "cpu", config)
+    return engine, script.engine_facts(engine, "cpu")
+
+
 def train_network(config, kind, seed, splits, engine="auto", progress=lambda n: None):
     """The parameters of a trained network, as tensors, and its record on the test digits."""
+    picked, _ = pick_engine(config, kind, engine)
     if kind == "tanh":
-        records, p = repro.train(config, seed, splits, repro.pick_engine(engine, "cpu", config), progress)
+        records, p = repro.train(config, seed, splits, picked, progress)
     else:
-        picked = modern.pick_engine(engine, "cpu", config)
         records, replicas = modern.train(config, [seed], splits, picked, progress, every_pass=False)
         records, (p,) = records[seed], replicas.parameters()
     keys = "pass", "split", "error", "misses", "n", "loss"
@@ -231,18 +238,18 @@ def tables(folder=PAGE.parent):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("myth7_saliency", __doc__, seed=1)
+    parser = common.study_flags("myth7_saliency", __doc__, seed=1, without=("device",))
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "device")
     torch.set_num_threads(1)
     configs = {kind: config | (SMOKE if args.smoke else {}) for kind, config in CONFIGS.items()}
     digits = prepro.load(configs["tanh"]["data"], data_root=args.data_root)
     splits = repro.border_splits(digits, 500 if args.smoke else None)
     for kind, config in configs.items():
+        facts = pick_engine(config, kind, args.engine)[1]
         common.run_configs(
             args, "myth7_saliency", {kind: config},
             functools.partial(train, kind=kind, splits=splits, engine=args.engine), digits.sha256(),
-            work=lambda config: 4 * len(config["epsilons"]), device="cpu",
+            work=lambda config: 4 * len(config["epsilons"]), **facts,
         )  # fmt: skip
     found = read_runs(args.out)
     figures.save(myth7_page.plot(found), args.out / "overlap.png")

@@ -31,7 +31,7 @@ def tables(folder=PAGE.parent):
         found = read_runs(folder.parent / study)
         seeds = sorted({len(run.records) for run in found.values()})
         spread = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
-        seconds = sum(sum(own["seconds"].values()) for run in found.values() for own in run.sessions)
+        seconds = sum(sum(run.seconds()) for run in found.values())
         page = f"[{study.split('_')[0].removeprefix('myth')}](../{study}/README.md)"
         rows.append((page, said, verdict, len(found), spread, f"{seconds / 60:.0f}"))
     head = ("", "what is said", "verdict", "configs", "seeds", "minutes")

@@ -69,10 +69,10 @@ def open_page(browser, path):
     return browser
 
 
-def picture(browser, path):
-    """A PNG of the whole page."""
+def picture(browser):
+    """The bytes of a PNG of the whole page."""
     done = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "format": "png"})
-    path.write_bytes(base64.b64decode(done["data"]))
+    return base64.b64decode(done["data"])
 
 
 def read_drawings(browser, drawings):

@@ -1,5 +1,6 @@
 """What the page reads and how fast, measured in Chromium; and the picture of it that README.md shows."""
 
+import io
 import os
 import statistics
 
@@ -97,8 +98,8 @@ def film(page_path, path, width=1000):
         resize(browser, width, height)
 
         def shoot(duration):
-            picture(browser, path)
-            frames.append((Image.open(path).convert("RGB").crop((0, 0, width, height)), duration))
+            frame = Image.open(io.BytesIO(picture(browser))).convert("RGB")
+            frames.append((frame.crop((0, 0, width, height)), duration))
 
         for share in (0, 0.2, 0.4, 0.6, 0.8, 1):
             browser.execute_script(
@@ -119,4 +120,6 @@ def film(page_path, path, width=1000):
     palette = frames[-1][0].quantize(128)
     small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame, _ in frames]
     durations = [duration for _, duration in frames]
-    small[0].save(path, save_all=True, append_images=small[1:], duration=durations, loop=0, optimize=True)
+    film, how = io.BytesIO(), {"duration": durations, "loop": 0, "optimize": True}
+    small[0].save(film, "PNG", save_all=True, append_images=small[1:], **how)
+    utils.write_file(path, film.getvalue())

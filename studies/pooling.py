@@ -138,14 +138,9 @@ def train(config, seeds, progress):
 # What the page shows
 
 
-def accuracies(run, split="test"):
-    """The accuracy of each seed after the last step, in percent."""
-    return [100 - record["error"] for record in run.final(split)]
-
-
 def gains(found, kind, ending, split="test"):
     """The accuracy with this pooling minus that without any, seed by seed."""
-    both = (accuracies(found[f"{name}-{ending}"], split) for name in (kind, "none"))
+    both = (found[f"{name}-{ending}"].accuracies(split) for name in (kind, "none"))
     return [one - other for one, other in zip(*both)]
 
 
@@ -163,7 +158,7 @@ def accuracy_table(found):
     """Ours, and in brackets the stored output of 2024 and what is read off the figure of 2020."""
     rows = []
     for n in SIZES:
-        own = {kind: accuracies(found[f"{kind}-{n}"]) for kind in KINDS}
+        own = {kind: found[f"{kind}-{n}"].accuracies() for kind in KINDS}
         stored = {kind: f"{published(kind, n)}; {read_off(kind, n)}" for kind in KINDS}
         cells = (f"{mean_sd(values, '.1f')} ({stored[kind]})" for kind, values in own.items())
         rows.append((f"{n:,}", len(own["none"]), *cells))
@@ -197,7 +192,7 @@ def fit_table(found):
     for ending in ("50000", "50000-long"):
         for kind in (name for name in KINDS if f"{name}-{ending}" in found):
             run = found[f"{kind}-{ending}"]
-            cells = (mean_sd(accuracies(run, split), ".1f") for split in ("train", "test", "fresh"))
+            cells = (mean_sd(run.accuracies(split), ".1f") for split in ("train", "test", "fresh"))
             count = mnist1d.count(shapes(kind))
             rows.append((kind, f"{count:,}", f"{run.config['steps'] + 1:,}", *cells))
     head = "network", "parameters", "updates", "50,000 training", "1,000 test", "20,000 fresh"
@@ -208,7 +203,7 @@ def plot(found):
     """Accuracy against training examples, and what pooling adds to it."""
     figure, axes = figures.subplots(1, 2, figsize=(10, 4.2))
     for number, kind in enumerate(KINDS):
-        own = np.array([accuracies(found[f"{kind}-{n}"]) for n in SIZES])
+        own = np.array([found[f"{kind}-{n}"].accuracies() for n in SIZES])
         figures.band(axes[0], SIZES, own.T, kind, color=f"C{number}")
         values = [published(kind, n) for n in SIZES]
         axes[0].plot(SIZES, values, "--", color=f"C{number}", linewidth=1)
@@ -249,9 +244,8 @@ def tables(folder):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("pooling", __doc__)
+    parser = common.study_flags("pooling", __doc__, without=("data_root", "device", "engine"))
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "data_root", "device", "engine")
     torch.set_num_threads(1)
     for n, group in itertools.groupby(CONFIGS, lambda name: CONFIGS[name]["train_size"]):
         small = SMOKE | {"train_size": n // 50}

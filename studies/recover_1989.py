@@ -48,6 +48,7 @@ import numpy as np
 import prepro
 import repro
 import utils
+from records import figures
 from records import run as runs
 from records.tables import markdown_table, mean_sd, published, write_tables
 from studies import common
@@ -151,23 +152,15 @@ def flags_of(config):
 
 def train(config, seed, splits):
     """The four numbers after the last pass, and the percentage to reject for 1% error; or only `diverged`."""
-    engine, parameters = repro.pick_engine("auto", "cpu", config), repro.init_parameters(seed, config)
-    images, labels = splits["train"]
     if config["order"] == "shuffled":
-        order = repro.shuffled(len(labels))
-        images, labels = images[order], labels[order]
-    targets, found = repro.place_code(labels, config["target"]), {}
+        splits = splits | {"train": tuple(own[repro.shuffled(len(own))] for own in splits["train"])}
+    engine = repro.pick_engine("auto", "cpu", config)
     try:
-        for number in range(1, config["passes"] + 1):
-            rates = repro.learning_rates(engine, parameters, images, config, seed, number)
-            engine.train_pass(parameters, images, targets, rates)
-    except FloatingPointError:
+        records, _ = repro.train(config, seed, splits, engine, every_pass=False)
+    except utils.RunFailed:
         return {"diverged": True}
-    for split, (images, labels) in splits.items():
-        targets = repro.place_code(labels, config["target"])
-        loss, misses, outputs = repro.evaluate(engine, parameters, images, labels, targets)
-        found |= {f"{split}_loss": loss, f"{split}_misses": misses}
-    return found | {"rejected": repro.rejected_for(1.0, outputs, labels)}
+    found = {f"{own['split']}_{key}": own[key] for own in records for key in ("loss", "misses")}
+    return found | {"rejected": records[-1]["rejected"]}
 
 
 class Search:
@@ -369,9 +362,6 @@ def tables(folder=PAGE.parent):
 
 def plot(search, named, path):
     """Plot losses against misses, on train and on test digits, with a point for each seed."""
-    from records import figures
-
-    figure, axes = figures.subplots(1, 2, figsize=(10, 4.5))
     clouds = {}
     for name, config in named.items():
         numbers = search.numbers(config, search.budget["fresh"])
@@ -379,37 +369,28 @@ def plot(search, named, path):
             convention = score(numbers)[1]
             label = f"{name}, {'half the ' * (convention == 'half')}mean square"
             clouds[label] = under(numbers, convention)
-    # One seed in hundreds fails altogether; the axes leave it out, so that it does not hide all others.
-    low, high = np.quantile(np.concatenate(list(clouds.values())), (0, 0.997), axis=0)
-    for axis, split, x in zip(axes, ("train", "test"), (0, 2)):
-        for label, points in clouds.items():
-            axis.plot(points[:, x], points[:, x + 1], "o", label=label, alpha=0.5, markersize=3)
-        axis.plot(*targets_of_search()[x : x + 2], "+", color="0.1", markersize=16, label="published")
-        axis.set(xlabel=f"{split} loss", ylabel=f"{split} misses")
-        axis.set(xlim=(0.9 * low[x], 1.1 * high[x]), ylim=(0.9 * low[x + 1], 1.1 * high[x + 1]))
-        axis.ticklabel_format(axis="x", scilimits=(0, 0))
-        axis.grid(True)
-    axes[0].set_title(f"{search.run.config['data']}, {len(search.budget['fresh'])} fresh seeds each")
-    axes[0].legend(fontsize="small")
-    figures.save(figure, path)
+    title = f"{search.run.config['data']}, {len(search.budget['fresh'])} fresh seeds each"
+    figures.save(figures.clouds(clouds, targets_of_search(), title), path)
 
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("recover_1989", __doc__)
+    parser = common.study_flags(
+        "recover_1989", __doc__, without=("seed", "seeds", "again", "device", "engine")
+    )
     parser.shared_by_ranks = False  # what is tried next depends on all that was found
     flag = parser.add_argument
     flag("--data", default="usps", choices=("usps", "mnist"), help="which digits (default: usps)")
     flag("--control", action="store_true", help="run the control: a shorter search by the same rules")
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "seed", "seeds", "again", "device", "engine")
     digits = prepro.load("strokes" if args.smoke else args.data, data_root=args.data_root)
     splits = repro.border_splits(digits, 100 if args.smoke else None)
     budget, grid = (CONTROL if args.control else BUDGET), GRID
     if args.smoke:
         budget, grid = SMOKE_BUDGET, SMOKE_GRID
     path, config = args.out / f"{args.data}.jsonl", repro.make_config(data=args.data)
-    with runs.open_run(path, "recover_1989", config, digits.sha256(), threads=args.threads) as run:
+    facts = repro.engine_facts(repro.pick_engine("auto", "cpu", config)) | {"threads": args.threads}
+    with runs.open_run(path, "recover_1989", config, digits.sha256(), **facts) as run:
         search = Search(run, budget, grid, splits, args)
         named = search.finalists(search.search())
         print(table(search, named, budget["fresh"]))

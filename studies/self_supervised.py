@@ -383,9 +383,10 @@ def tables(folder):
 
 @utils.exit_status
 def main(argv=None):
-    parser = common.study_flags("self_supervised", __doc__, seeds=10)
+    parser = common.study_flags(
+        "self_supervised", __doc__, seeds=10, without=("data_root", "device", "engine")
+    )
     args = common.parse(parser, argv)
-    common.refuse(parser, args, "data_root", "device", "engine")
     torch.set_num_threads(1)
     data = mnist1d_gen.make_dataset()
     configs = {name: config | SMOKE if args.smoke else config for name, config in CONFIGS.items()}

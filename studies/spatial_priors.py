@@ -190,11 +190,6 @@ def curves(found):
     return figure
 
 
-def accuracies(run):
-    """Test accuracy of each seed at the step that is reported, in percent."""
-    return [100 - record["error"] for record in run.final("test")]
-
-
 def accuracy_table(found):
     """What is published beside the three accuracies that may be meant by it.
 
@@ -207,7 +202,7 @@ def accuracy_table(found):
         whole, stopped = found[f"{model}-{order}"], found[f"{model}-{order}-validation"]
         tests = [[r["error"] for r in own if r["split"] == "test"] for own in whole.records.values()]
         row, cells = published_row(model, order), []
-        for values in accuracies(whole), accuracies(stopped), [100 - min(errors) for errors in tests]:
+        for values in whole.accuracies(), stopped.accuracies(), [100 - min(errors) for errors in tests]:
             spread = statistics.stdev(values) if len(values) > 1 else 0
             distance = row["test_accuracy"] - statistics.fmean(values)
             distance /= math.hypot(spread, row["test_accuracy_sd"])
@@ -225,7 +220,7 @@ def shuffling_table(found):
         ordered, shuffled = (published_row(model, order)["test_accuracy"] for order in ORDERS)
         cells = [f"{shuffled - ordered:+d}"]
         for ending in "", "-validation":
-            own = [accuracies(found[f"{model}-{order}{ending}"]) for order in ORDERS]
+            own = [found[f"{model}-{order}{ending}"].accuracies() for order in ORDERS]
             change, n = statistics.fmean(own[1]) - statistics.fmean(own[0]), len(own[0])
             cells.append(f"{change:+.1f}")
             if n > 1:
@@ -242,7 +237,7 @@ def fresh_table(found):
     rows = []
     for order, model in itertools.product(ORDERS, MODELS):
         name = f"{model}-{order}"
-        frozen, fresh = (accuracies(found[name + ending]) for ending in ("", "-fresh"))
+        frozen, fresh = (found[name + ending].accuracies() for ending in ("", "-fresh"))
         p, n = statistics.fmean(frozen) / 100, found[name].final("test")[0]["n"]
         chance = 100 * math.sqrt(2 * p * (1 - p) / n)  # of the difference of two binomial shares
         change = f"{statistics.fmean(fresh) - statistics.fmean(frozen):+.1f}"
@@ -275,9 +270,8 @@ def tables(folder):
 
 @utils.exit_status
 def main(argv=None):
-    args = common.parse(common.study_flags("spatial_priors", __doc__, seeds=10), argv)
-    if args.engine == "c":
-        raise utils.BadRequest("--engine c: there is no C engine for these models; leave it out")
+    parser = common.study_flags("spatial_priors", __doc__, seeds=10, without=("data_root", "engine"))
+    args = common.parse(parser, argv)
     utils.require_device(args.device)
     torch.set_num_threads(1)
     found = {}

@@ -67,7 +67,7 @@ def verdicts(results):
 
 
 def run_of(tmp_path, seeds, config=MNIST):
-    return compare.read_run(write_run(tmp_path, "one", config, seeds))
+    return compare.read_complete_run(write_run(tmp_path, "one", config, seeds))
 
 
 # The published numbers themselves
@@ -321,13 +321,13 @@ def test_digits_that_are_not_the_genuine_ones_are_held_against_no_paper(tmp_path
 
 @quick
 def test_interpolated_digits_may_differ_on_other_processors(tmp_path):
-    run = compare.read_run(write_run(tmp_path, "one", MNIST, NEAR, sha256="ab" * 32))
+    run = compare.read_complete_run(write_run(tmp_path, "one", MNIST, NEAR, sha256="ab" * 32))
     assert "genuine mnist-test-first" in compare.wrong_data(run)
     run.sessions = [{"system": "Darwin arm64"}]
     assert compare.wrong_data(run) is None
     run.sessions.append({"system": "Linux x86_64"})
     assert compare.wrong_data(run)
-    usps = compare.read_run(write_run(tmp_path, "two", USPS, NEAR, sha256="ab" * 32))
+    usps = compare.read_complete_run(write_run(tmp_path, "two", USPS, NEAR, sha256="ab" * 32))
     usps.sessions = [{"system": "Darwin arm64"}]
     assert compare.wrong_data(usps)  # which are whole numbers everywhere
 
@@ -542,7 +542,7 @@ def committed():
     )
     if not paths:
         pytest.skip("this is not a git checkout")
-    runs = [compare.read_run(path) for path in paths]
+    runs = [compare.read_complete_run(path) for path in paths]
     return runs, compare.read_readings(runs)
 
 

@@ -1,6 +1,7 @@
 import functools
 import json
 import subprocess
+import types
 
 import numpy as np
 import pytest
@@ -485,7 +486,12 @@ def test_every_image_comes_in_every_pass(method, shown):
 
 @pytest.mark.quick
 def test_memory_is_kept_where_there_is_glibc(monkeypatch):
+    asked = []
+    malloc = [(-3, 2**25), (-1, 2**30)]  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+    library = types.SimpleNamespace(mallopt=lambda *given: asked.append(given))
+    monkeypatch.setattr(study.ctypes, "CDLL", lambda name: library)
     study.keep_freed_memory()
+    assert asked == malloc
 
     def no_library(name):
         raise OSError("there is none")
@@ -493,6 +499,7 @@ def test_memory_is_kept_where_there_is_glibc(monkeypatch):
     for other in (no_library, lambda name: object()):  # an object has no mallopt
         monkeypatch.setattr(study.ctypes, "CDLL", other)
         study.keep_freed_memory()
+    assert asked == malloc
 
 
 def test_smoke_gives_the_same_bytes_with_any_number_of_threads(on_pictures, tmp_path, capsys):

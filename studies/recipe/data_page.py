@@ -17,7 +17,8 @@ import prepro
 import utils
 from records import figures
 from records import run as runs
-from records.tables import markdown_table, read_run, write_tables
+from records.run import read_run
+from records.tables import markdown_table, write_tables
 from studies.recipe.data import CHECKS
 from studies.recipe.examples import features, pictures, sample
 from studies.recipe.labels import WRONG_LABELS, confidence, leave_one_out, rank_test_labels

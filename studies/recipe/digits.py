@@ -14,7 +14,7 @@ from studies.recipe.model import Data, Model, Remember, losses_of
 
 def rows_in_mnist(images, labels, whole, digits):
     """The row of each 16x16 image in MNIST's split, found by its pixels and label; -1 where there is none."""
-    scaled = whole.float()[:, None] / 127.5 - 1
+    scaled = whole.float()[:, None] / 127.5 - 1  # not by prepro.shrink, whose faults are to be found
     small = F.interpolate(scaled, (16, 16), mode="bilinear", align_corners=False)[:, 0].numpy()
     rows = {(image.tobytes(), int(y)): row for row, (image, y) in enumerate(zip(small, digits))}
     return np.array([rows.get((image.tobytes(), int(y)), -1) for image, y in zip(images, labels)])
@@ -26,8 +26,8 @@ def tensors(pair):
 
 def load_digits(digits, data_root):
     """Data of prepro's Digits, with the border that the scripts put round them."""
-    splits, facts = repro.border_splits(digits), {"sha256": digits.sha256()}
-    facts |= {key: value for key, value in digits.provenance.items() if key in ("data", "draw")}
+    splits, facts = repro.border_splits(digits), {"sha256": digits.sha256(), "data_root": data_root}
+    facts |= digits.where()
     if facts["data"] == "mnist":
         for split, whole in prepro.load_whole_mnist(data_root).items():
             images, labels = getattr(digits, f"{split}_images"), getattr(digits, f"{split}_labels")
@@ -73,7 +73,7 @@ def seen_by_convolution(train):
 def lecun1989(data="auto", draw=None, data_root=None, engine="auto", preset="karpathy"):
     """repro.py with its default preset."""
     digits = prepro.load_digits(data, draw, data_root)
-    where = {key: value for key, value in digits.provenance.items() if key in ("data", "draw")}
+    where = digits.where()
     config = repro.make_config(preset, **where)
 
     def run_on(splits, seed, passes, lr_scale=1.0, watch=None, engine=engine, **changes):
@@ -142,7 +142,7 @@ def lecun1989(data="auto", draw=None, data_root=None, engine="auto", preset="kar
 def modern_model(data="auto", draw=None, data_root=None, engine="auto", change=4):
     """modern.py with its default, the last change."""
     digits = prepro.load_digits(data, draw, data_root)
-    where = {key: value for key, value in digits.provenance.items() if key in ("data", "draw")}
+    where = digits.where()
     config = modern.make_config(change, **where)
 
     def run_on(splits, seed, passes, lr_scale=1.0, watch=None, engine=engine, every_pass=True, **changes):

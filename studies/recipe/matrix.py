@@ -19,7 +19,8 @@ import utils
 from datasets import sources
 from records import figures
 from records import run as runs
-from records.tables import markdown_table, read_run, write_tables
+from records.run import read_run
+from records.tables import markdown_table, write_tables
 from studies.recipe import against, data, dependencies, local, overfit, seeds, skeleton
 from studies.recipe.broken import broken, load
 from studies.recipe.faults import FAULTS

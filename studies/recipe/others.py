@@ -167,9 +167,10 @@ def forward_forward_model(data="auto", draw=None, data_root=None, engine="auto")
 
     pairs = [tensor for split in ("train", "test") for tensor in splits[split]]
     rows = {f"{split}_rows": np.arange(len(y)) for split, (_, y) in splits.items() if data == "mnist"}
+    facts = {"data": data, "data_root": data_root, "sha256": sha256, "shape": shape, **rows}
     return Model(
         name="forward-forward",
-        load=lambda: Data(*pairs, {"data": data, "sha256": sha256, "shape": shape, **rows}),
+        load=lambda: Data(*pairs, facts),
         make=lambda seed: as_network(ff.Network(pairs[0].shape[1], config, seed, usual)),
         forward=lambda network, x: ff.plain_read_out(as_layers(network), x).sum(dim=0),
         losses=losses_of("cross-entropy"),  # of the answers, as its records have it; no layer is taught by it

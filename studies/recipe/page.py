@@ -12,7 +12,8 @@ import torch
 
 import utils
 from records import figures
-from records.tables import markdown_table, read_run, write_tables
+from records.run import read_run
+from records.tables import markdown_table, write_tables
 from studies.recipe.expected import EXPECTED
 from studies.recipe.model import make_models, mean_loss, outputs_of, sample
 from studies.recipe.regularise import plot_filters

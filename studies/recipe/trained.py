@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import modern
-from records.tables import confidence_interval
+from records.tables import confidence_interval, difference
 from studies import mnist1d, spatial_priors
 from studies.recipe.model import Result
 
@@ -105,8 +105,7 @@ def last_errors(trained):
 
 def interval(differences, form="+.2f"):
     """The text `mean (low to high)` of paired differences, with the 95% interval over seeds, and its ends."""
-    low, high = confidence_interval(differences)
-    return f"{statistics.fmean(differences):{form}} ({low:{form}} to {high:{form}})", low, high
+    return difference(differences, form), *confidence_interval(differences)
 
 
 def compare(check, expected, one, other, errors, report=False):
