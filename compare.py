@@ -55,7 +55,7 @@ FEW, SAME, MISPRINTED = "too few seeds", "same realisation", "misprinted"
 # The rows of README.md's table: the claim, the published rows (and which reading of each), command and page
 MODELS = ("logistic", "mlp", "cnn", "gru")
 CLAIMS = (
-    ("LeCun 1989, the result: settings fitted to it", ["lecun1989.result:0"],
+    ("LeCun 1989, the result: a config fitted to it", ["lecun1989.result:0"],
      "repro.py --data usps --preset recovered", "repro"),
     ("LeCun 1989, the result: the paper as written", ["lecun1989.result:1"],
      "repro.py --data usps --preset literal", "repro"),

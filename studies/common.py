@@ -167,6 +167,12 @@ def choose_and_test(config, seeds, look, also=None):
     return records
 
 
+def hold_out(splits, n):
+    """The last n training examples as `validation`, and no test split; with 0, the splits as they are."""
+    (x, y), held = splits["train"], len(splits["train"][1]) - n
+    return {"train": (x[:held], y[:held]), "validation": (x[held:], y[held:])} if n else splits
+
+
 def load_whole_mnist(data_root=None):
     """MNIST: split -> images (n, 784) from 0 to 1 and labels (n,), as tensors; and the data's SHA-256."""
     digest, splits = hashlib.sha256(), {}

@@ -304,18 +304,9 @@ def load(data_root=None, at_most=None):
     return found, digest.hexdigest()
 
 
-def split_for(config, splits):
-    """The splits that a config learns from and is tested on: with `validation`, no test images."""
-    held_out = config["validation"]
-    (x, y), n = splits["train"], len(splits["train"][1])
-    if not held_out:
-        return splits
-    return {"train": (x[: n - held_out], y[: n - held_out]), "validation": (x[-held_out:], y[-held_out:])}
-
-
 def train(config, seed, splits, engine, fields, progress):
     """The records of a network: after each pass of the first training images, at the end of whole splits."""
-    splits, records = split_for(config, splits), []
+    splits, records = common.hold_out(splits, config["validation"]), []
     (images, labels), (one_step, answers) = splits["train"], STEPS[config["method"]]
     n, curve = len(labels), config["curve_images"]
     with torch.inference_mode():
@@ -391,7 +382,7 @@ def main(argv=None):
 
     common.run_configs(
         args, "ff_cifar", configs, train_config, sha256,
-        work=lambda config: config["passes"] * len(split_for(config, splits)["train"][1]),
+        work=lambda config: config["passes"] * len(common.hold_out(splits, config["validation"])["train"][1]),
         engine=engine_name, device=args.device,
     )  # fmt: skip
     if picture := ff_cifar_page.plot(args.out):

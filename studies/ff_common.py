@@ -152,8 +152,7 @@ def run(study, doc, configs, usual, train, argv, prepare):
     changes = {"precision": args.precision} | (SMOKE if args.smoke else {})
     suffix = "-fp32" if args.precision == "fp32" else ""
     if args.validation:
-        (x, y), cut = splits["train"], -VALIDATION
-        splits = {"train": (x[:cut], y[:cut]), "validation": (x[cut:], y[cut:])}
+        splits = common.hold_out(splits, VALIDATION)
         changes, suffix = changes | {"validation": VALIDATION}, f"{suffix}-validation"
     if args.smoke:
         splits = {

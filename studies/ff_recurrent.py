@@ -1,6 +1,6 @@
 """Forward-Forward with top-down input (Hinton 2022): an image is shown as a video in which nothing moves.
 
-    python -m studies.ff_recurrent                        # the scaled config: an estimated 3 or 4 minutes
+    python -m studies.ff_recurrent                        # the scaled config: four minutes of one core
     python -m studies.ff_recurrent --configs recurrent    # as published: an estimated hour of one core
     python -m studies.ff_recurrent --validation           # test on training digits, to choose by
     python -m studies.ff_recurrent --precision fp32       # for processors that have no bfloat16

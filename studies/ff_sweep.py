@@ -105,8 +105,8 @@ class Units(ff.TorchOps):
 
 def load(data, data_root, validation, device="cpu"):
     """split -> (inputs, labels) of train, validation and test, which do not overlap; the data's SHA-256."""
-    splits, _, sha256 = ff.load(data, data_root, validation)
-    splits["test"] = ff.load(data, data_root)[0]["test"]
+    splits, _, sha256 = ff.load(data, data_root)
+    splits = common.hold_out(splits, validation) | {"test": splits["test"]}
     return {split: (x.to(device), y.to(device)) for split, (x, y) in splits.items()}, sha256
 
 

@@ -1,6 +1,6 @@
 """What thousands of seeds show that a hundred cannot: the tails of the network of 1989.
 
-    python -m studies.many_seeds --preset recovered --seeds 10000    # 100 minutes on two cores
+    python -m studies.many_seeds --preset recovered --seeds 10000    # two hours on two cores
     python -m studies.many_seeds                                     # every preset, 1,000 seeds each
 
 Published (`result` and `rejection` in reference/lecun1989.toml): one network, which misses 10 of 7,291

@@ -99,10 +99,7 @@ def load_data(config, data_root):
     """split -> images with their border, and labels, as modern.py has them; and the SHA-256 of all digits."""
     digits = prepro.load(config["data"], config.get("draw"), data_root, config["train_size"])
     splits = repro.border_splits(digits, config.get("smoke_digits"))
-    if held := config["validation_size"]:
-        images, labels = splits["train"]
-        splits = {"train": (images[:-held], labels[:-held]), "validation": (images[-held:], labels[-held:])}
-    return splits, digits.sha256()
+    return common.hold_out(splits, config["validation_size"]), digits.sha256()
 
 
 def train(config, seeds, progress, splits, pick_engine):

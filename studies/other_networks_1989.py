@@ -1,6 +1,6 @@
 """The other networks of LeCun et al. 1989: one hidden layer of 40 units, and half as many feature maps.
 
-    python -m studies.other_networks_1989    # three minutes on two cores
+    python -m studies.other_networks_1989    # five minutes on two cores
 
 Published (`fully-connected` in reference/lecun1989.toml): a fully connected network of 40 hidden units and
 10,690 connections misses more digits of both sets, and has to reject more of them. Of fewer feature maps the

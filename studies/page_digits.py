@@ -1,9 +1,10 @@
 """The digits of the page: a drawing becomes 16x16 pixels as in 1989, and hands to train and test with.
 
-`normalise` of datasets/pictures.py is what page/normalise.js does in the browser, written a second time; a
-test holds the two against each other. The paper cut a digit of about 40x60 pixels out of its envelope and
-fitted it into 16x16 pixels by a linear transformation that keeps its proportions. The digits that are now
-known as USPS were also set upright, so that is done here, too.
+datasets/pictures.py prepares a drawing as page/normalise.js does in the browser; a test holds the two against
+each other. Here are bitmaps and drawings of digits, and hands other than those of MNIST. The paper cut a
+digit of about 40x60 pixels out of its envelope and fitted it into 16x16 pixels by a linear transformation
+that keeps its proportions. The digits that are now known as USPS were also set upright, so that is done here,
+too.
 """
 
 import numpy as np

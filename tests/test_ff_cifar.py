@@ -16,8 +16,8 @@ from kernels import build, local_fields
 from kernels.local_fields import FieldKernels, TorchFields, to_fields, to_tiles
 from records.run import Run, read_run
 from records.tables import fill
+from studies import common, ff_cifar_page, ff_cifar_speed
 from studies import ff_cifar as study
-from studies import ff_cifar_page, ff_cifar_speed
 
 environment = functools.cache(utils.environment)  # git, once
 SMALL = {"passes": 2, "batch_size": 20, "curve_images": 30, "precision": "fp32"}
@@ -408,8 +408,8 @@ def test_colours_and_images_are_normalised(on_pictures, monkeypatch):
 def test_choices_are_made_by_the_last_training_images():
     x, y = torch.arange(20)[:, None], torch.arange(20)
     splits = {"train": (x, y), "test": (x + 100, y)}
-    assert study.split_for({"validation": 0}, splits) is splits
-    own = study.split_for({"validation": 5}, splits)
+    assert common.hold_out(splits, 0) is splits
+    own = common.hold_out(splits, 5)
     assert own.keys() == {"train", "validation"}
     assert own["train"][1].tolist() == list(range(15)) and own["validation"][0][:, 0].tolist() == [
         *range(15, 20)

@@ -392,7 +392,7 @@ def test_what_diverges_misses_all(study):
 
 # The whole
 
-FLAGS = ["--smoke", "--quiet", "--threads", "1", "--seeds", "2"]
+FLAGS = ["--smoke", "--quiet", "--seeds", "2"]
 
 
 @pytest.fixture(scope="module", params=STUDIES)
