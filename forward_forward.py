@@ -2,7 +2,7 @@
 
     python forward_forward.py                                  # MNIST, images moved by up to a pixel: 1 min
     python forward_forward.py --preset permutation-invariant   # images left as they are: 5 minutes
-    python forward_forward.py --preset hinton-jitter           # images moved by up to two: 15 minutes
+    python forward_forward.py --preset hinton-jitter           # images moved by up to two: 25 minutes
     python forward_forward.py --preset hinton                  # his four layers of 2,000 units: 8 minutes
     python -m studies.ff_article                               # another protocol, that of Neoflex 2023
     python forward_forward.py --weights results/forward_forward/mnist-seed1337.npz digit.png   # what is it?
@@ -364,6 +364,7 @@ PRESETS = {
     },
     "hinton": {"layers": 4, "width": 2000, "jitter": 0, "parts": 2, "weight_decay": 1e-2},
     "hinton-jitter": {
+        "layers": 3,
         "width": 1000,
         "passes": 450,
         "jitter": 2,

@@ -27,8 +27,9 @@ PAGE = utils.ROOT / "results" / "ff_choices" / "README.md"
 VALIDATION = 10_000
 PRESETS = {  # name -> a preset of forward_forward.py, and what is changed in order to try
     "short": ("ours", {"passes": 8}),
-    "jitter": ("hinton-jitter", {"passes": 150}),
-    "decayed": ("hinton-jitter", {"passes": 150, "weight_decay": 1e-2}),
+    "jitter": ("hinton-jitter", {"layers": 2, "passes": 150}),
+    "decayed": ("hinton-jitter", {"layers": 2, "passes": 150, "weight_decay": 1e-2}),
+    "two-layers": ("hinton-jitter", {"layers": 2}),
     "weaker-decay": ("permutation-invariant", {"weight_decay": 1e-2}),
     "narrow": ("hinton", {"width": 500, "precision": "fp32"}),
 } | {preset: (preset, {}) for preset in ff.PRESETS}
@@ -49,8 +50,8 @@ OTHERS = {  # preset -> field -> what else it might be
         "revisit_prob": (0.1,),
         "weight_decay": (1e-2, 3e-2),
     },
-    "decayed": {"layers": (3,), "width": (2000,), "dropout": (0.1,), "lr": (0.015,)},
-    "hinton-jitter": {"dropout": (0.1,)},
+    "decayed": {"layers": (3,)},
+    "two-layers": {"dropout": (0.1,)},
     "weaker-decay": {"temperature": (4.0,), "dropout": (0.0,), "lr": (0.005,)},
     "narrow": {
         "layers": (2,),
@@ -62,7 +63,8 @@ OTHERS = {  # preset -> field -> what else it might be
     },
     "permutation-invariant": {},
     "standard": {"skip_threshold": (0.0,)},
-    "hinton": {},
+    "hinton": {"weight_decay": (3e-2,), "lr": (0.015,)},
+    "hinton-jitter": {},
 }
 
 
