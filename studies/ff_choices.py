@@ -1,7 +1,7 @@
 """What was each preset of forward_forward.py chosen from? Its numbers beside others, on validation digits.
 
     python -m studies.ff_choices                                # `short`: three minutes of one core
-    python -m studies.ff_choices --configs 'jitter*' '*decay*'  # at greater length: an hour
+    python -m studies.ff_choices --configs 'jitter*' '*decay*'  # at greater length: two hours
 
 A preset is trained as it is, and then with one number changed at a time: on the first 50,000 training digits,
 with one seed. What counts is the error on the other 10,000; nobody looks at the test digits. Refuted would be
