@@ -702,7 +702,7 @@ def check(readings, runs, damaged):
 @utils.exit_status
 def main(argv=None):
     results = utils.ROOT / "results"
-    parser = utils.Parser("compare.py", __doc__)
+    parser = utils.Parser("compare", __doc__)
     flag = parser.add_argument
     flag("run", metavar="RUN", nargs="?", help="show this run in full")
     flag("--results", metavar="DIR", type=Path, default=results, help="where the runs are (default: results)")

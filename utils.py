@@ -145,8 +145,10 @@ class Parser(argparse.ArgumentParser):
     shared_by_ranks = False  # whether the script can be started by torchrun
 
     def __init__(self, script, doc):
+        self.script = f"{script}.py"
+        command = f"python {self.script}" if (ROOT / self.script).exists() else f"python -m studies.{script}"
         formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=script, description=doc, formatter_class=formatter, allow_abbrev=False)
+        super().__init__(prog=command, description=doc, formatter_class=formatter, allow_abbrev=False)
 
     def parse_args(self, *given):
         if RANKS > 1 and not self.shared_by_ranks:
@@ -154,7 +156,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(*given)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+        self.exit(2, f"{self.script}: {message} (--help lists the flags)\n")
 
 
 def number(kind, at_least=-math.inf, at_most=math.inf, above=-math.inf, below=math.inf):

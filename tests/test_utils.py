@@ -117,10 +117,12 @@ def test_a_wrong_flag_is_one_sentence_and_status_2(capsys):
         with pytest.raises(SystemExit) as stop:
             parser.parse_args(flags)
         assert stop.value.code == 2
-        one_sentence(capsys.readouterr().err, "script: ", flags[0], "--help")
+        one_sentence(capsys.readouterr().err, "script.py: ", flags[0], "--help")
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     assert "What it does." in (text := capsys.readouterr().out) and "results/script" in text
+    assert text.startswith("usage: python -m studies.script ")
+    assert utils.Parser("repro", "").format_usage().startswith("usage: python repro.py ")
 
 
 @pytest.mark.quick
