@@ -39,7 +39,6 @@ import numpy as np
 import mnist1d_gen
 import prepro
 import utils
-from kernels import build
 from records import ask
 from records import run as runs
 from records.weights import load_weights, save_weights, weights_path
@@ -487,15 +486,8 @@ def pick_precision(name, device):
 def pick_engine(name, device, precision):
     """The engine (auto, c or torch) and its name."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    if name == "c" and device != "cpu":
-        raise utils.BadRequest(f"--engine c computes on a CPU only: leave it out with --device {device}")
-    if name != "torch" and device == "cpu":
-        try:
-            return kernels.Kernels(dtype), "c"
-        except build.Unavailable as error:
-            if name == "c":
-                raise utils.BadRequest(f"--engine c: {error}; use --engine torch") from error
-            print(f"No C engine: {error}. PyTorch trains, which takes twice as long.", file=sys.stderr)
+    if engine := utils.compiled(name, device, lambda: kernels.Kernels(dtype), "twice as long"):
+        return engine, "c"
     utils.require_device(device)
     return TorchOps(dtype), "torch"
 

@@ -36,7 +36,7 @@ import numpy as np
 import prepro
 import repro
 import utils
-from kernels.convnet1989 import State
+from kernels.convnet1989 import Convnet1989, State
 from records import ask, ranks, tables, weights
 from records import run as runs
 from repro import Parameters
@@ -289,7 +289,8 @@ def variant_of(config):
 def pick_engine(name, device, config):
     """A function `engine(seeds)` that makes the replicas for a list of seeds; in C, of a single seed."""
     more = {"dropout": config["dropout"] > 0, "batch_size": config["batch_size"]}
-    network = repro.compile_network(name, device, **variant_of(config), **more)
+    load = functools.partial(Convnet1989, **variant_of(config), **more)
+    network = utils.compiled(name, device, load, "a hundred times as long")
     if network:
         return functools.partial(CReplica, config, network)
     repro.prepare_torch(device)

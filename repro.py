@@ -346,7 +346,8 @@ def prepare_torch(device):
 def pick_engine(name, device, config):
     """The engine `name` (auto, c or torch) for the config; auto is C on a CPU, if it can be compiled."""
     reads = None if config["h2_scheme"] == "blocks" else H2_SCHEMES[config["h2_scheme"]]
-    return compile_network(name, device, **variant_of(config), reads=reads) or TorchEngine(config, device)
+    load = functools.partial(Convnet1989, **variant_of(config), reads=reads)
+    return utils.compiled(name, device, load, "a hundred times as long") or TorchEngine(config, device)
 
 
 def variant_of(config):
@@ -404,27 +405,8 @@ def load_gpu(engine, device, lacking, **variant):
     except build.Unavailable as error:
         if by_name:
             raise utils.BadRequest(f"--engine {engine}: {error}; use --engine torch instead") from error
-        notice(f"No kernel for the GPU: {error}. PyTorch trains instead, which takes many times as long.")
-    return None
-
-
-@functools.cache
-def notice(sentence):
-    """Print a sentence on stderr, the first time only."""
-    print(sentence, file=sys.stderr)
-
-
-def compile_network(engine, device, **variant):
-    """The network in C, or None if PyTorch is to train it."""
-    if engine == "c" and device != "cpu":
-        raise utils.BadRequest(f"--engine c computes on a CPU only: leave it out with --device {device}")
-    if engine != "torch" and device == "cpu":
-        try:
-            return Convnet1989(**variant)
-        except build.Unavailable as error:
-            if engine == "c":
-                raise utils.BadRequest(f"--engine c: {error}; use --engine torch instead") from error
-            notice(f"No C engine: {error}. PyTorch trains instead, and takes a hundred times as long.")
+        slower = "PyTorch trains instead, which takes many times as long"
+        utils.notice(f"No kernel for the GPU: {error}. {slower}.")
     return None
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kernels import build
+
 ROOT = Path(__file__).resolve().parent
 
 # torchrun starts several processes of one command, its ranks (records/ranks.py); usually there is only one.
@@ -221,6 +223,30 @@ def require_device(name):
     """Raise BadRequest where this machine has no device `name` (cpu, cuda or mps)."""
     if name != "cpu" and not getattr(torch, name).is_available():
         raise BadRequest(f"--device {name}: PyTorch finds no such device on this machine; use --device cpu")
+
+
+def compiled(name, device, load, cost):
+    """The engine in C that `load()` compiles, or None for `torch` and on other devices than a CPU.
+
+    BadRequest where --engine c cannot be had; for `auto`, one line says so, and that PyTorch takes `cost`.
+    """
+    if name == "c" and device != "cpu":
+        raise BadRequest(f"--engine c computes on a CPU only: leave it out with --device {device}")
+    if name == "torch" or device != "cpu":
+        return None
+    try:
+        return load()
+    except build.Unavailable as error:
+        if name == "c":
+            raise BadRequest(f"--engine c: {error}; use --engine torch instead") from error
+        notice(f"No C engine: {error}. PyTorch trains instead, which takes {cost}.")
+        return None
+
+
+@functools.cache
+def notice(sentence):
+    """Print a sentence on stderr, the first time only."""
+    print(sentence, file=sys.stderr)
 
 
 # Files

@@ -5,12 +5,10 @@ import contextlib
 import fnmatch
 import hashlib
 import math
-import sys
 import time
 
 import prepro
 import utils
-from kernels import build
 from records import ranks
 from records import run as runs
 from records.tables import write_tables
@@ -46,16 +44,8 @@ def parse(parser, argv=None):
 
 
 def pick_engine(name, load, cost):
-    """The engine asked for; auto is c if `load()` can compile it, else torch and a line about its `cost`."""
-    if name != "torch":
-        try:
-            load()
-            return "c"
-        except build.Unavailable as error:
-            if name == "c":
-                raise utils.BadRequest(f"--engine c: {error}; use --engine torch") from error
-            print(f"{error}: PyTorch trains, which takes {cost}", file=sys.stderr)
-    return "torch"
+    """The name of the engine asked for; auto is c if `load()` can compile it, else torch (utils.compiled)."""
+    return "c" if utils.compiled(name, "cpu", load, cost) else "torch"
 
 
 def add_configs_flag(parser, default):

@@ -8,6 +8,7 @@ from conftest import one_sentence
 import modern
 import prepro
 import repro
+import utils
 from datasets import sources
 from kernels import build
 from records import tables
@@ -141,7 +142,7 @@ def test_batches_are_trained_timed_and_plotted(compiler, tmp_path, monkeypatch, 
             raise build.Unavailable("no C compiler")
 
         monkeypatch.setattr(build, "library", unavailable)
-        repro.notice.cache_clear()
+        utils.notice.cache_clear()
     monkeypatch.setattr(batch_size, "SIZES", (1, 16))
     names = ("batch-size1", "batch-size16", "batch-size16-scaled")
     monkeypatch.setattr(batch_size, "CONFIGS", {name: batch_size.CONFIGS[name] for name in names})

@@ -604,7 +604,7 @@ def test_a_kernel_that_cannot_be_had(what, part, gpu, tmp_path, monkeypatch, cap
     for script in (repro, modern):
         said = refusal(script, CUDA, tmp_path, capsys)
         one_sentence(said, f"{script.__name__}.py: --engine cuda", part, "--engine torch")
-    repro.notice.cache_clear()
+    utils.notice.cache_clear()
     config = modern.make_config(4, "strokes")
     for _ in range(2):  # auto takes PyTorch, and says so once
         assert modern.pick_gpu("auto", "cuda", config) is None
@@ -619,7 +619,7 @@ def test_auto_is_the_kernel_where_it_is_made_for_the_config(gpu, tmp_path, capsy
     for name, device in (("torch", "cuda"), ("auto", "cpu"), ("c", "cpu"), ("torch", "cpu")):
         assert modern.pick_gpu(name, device, modern.make_config(4)) is None
         assert repro.pick_gpu(name, device, repro.make_config()) is None
-    repro.notice.cache_clear()
+    utils.notice.cache_clear()
     assert repro.pick_gpu("auto", "cuda", repro.make_config(h2_scheme="random")) is None
     one_sentence(capsys.readouterr().err, "--h2-scheme random", "PyTorch trains instead")
 

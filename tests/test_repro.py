@@ -264,7 +264,7 @@ def no_compiler(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     monkeypatch.delenv("CC", raising=False)
-    repro.notice.cache_clear()
+    utils.notice.cache_clear()
 
 
 def test_without_a_compiler_pytorch_trains(no_compiler, tmp_path, capsys):
