@@ -159,6 +159,7 @@ def test_every_bfloat16_is_rounded_as_pytorch_rounds():
 
 def test_a_broken_kernel_is_noticed(tmp_path, monkeypatch):
     """The comparison can fail: by a label, a row, a sign, a square, a mean, the decay, a part, a tail."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
         right_one = Kernels(torch.float32, ("-O0",))  # quick to compile
     except build.Unavailable as error:
