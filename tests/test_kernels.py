@@ -1,6 +1,5 @@
 import ctypes
 import itertools
-import math
 import platform
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from splitmix import kept_of, move_of, moved
 
 import repro
 from datasets import strokes
@@ -258,44 +258,14 @@ def test_equal_rates_are_one_rate():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-# Chance
-
-
-def mix(z):
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-    return z ^ (z >> 31)
-
-
-def draw(seed, presentation, dropout=0.25, pixels=1):
-    """A transcription of the kernel's generator: the shift (dy, dx), and the scale (192,) of dropout."""
-    start = mix(seed)
-    words = [mix((start + (64 * presentation + i + 1) * 0x9E3779B97F4A7C15) % 2**64) for i in range(49)]
-    moves = 2 * pixels + 1
-    move = (words[0] >> 32) * moves**2 >> 32
-    bits = np.array([words[1 + unit // 4] >> 16 * (unit % 4) & 65535 for unit in range(192)])
-    scale = np.where(bits < int(65536 * dropout), 0, np.float32(1) / np.float32(1 - dropout))
-    return (move // moves - pixels, move % moves - pixels), scale
-
-
-def test_splitmix64_is_that_of_its_authors():
-    """The first words for seed 1234567, of the reference implementation."""
-    words = [mix((1234567 + (i + 1) * 0x9E3779B97F4A7C15) % 2**64) for i in range(3)]
-    assert words == [6457827717110365317, 3203168211198807973, 9817491932198370423]
-
-
-def padded(image, move):
-    """The image (16, 16) shifted; -1, the background, moves in."""
-    wide = np.pad(image, 16, constant_values=-1)
-    return wide[16 - move[0] : 32 - move[0], 16 - move[1] : 32 - move[1]]
+# Chance: that it is fair, and the published SplitMix64, is tested in test_modern.py
 
 
 def shifted(images, seed, how, pixels):
     """Each digit shifted as the kernel will, borders on again."""
     plain = images[:, 0, 2:-2, 2:-2]
-    moves = [draw(seed, i, pixels=pixels)[0] for i in range(len(images))]
-    by = {"roll": lambda image, move: np.roll(image, move, (0, 1)), "pad": padded}[how]
-    return repro.add_border(np.stack([by(image, move) for image, move in zip(plain, moves)]))
+    moves = [move_of(seed, i, pixels) for i in range(len(images))]
+    return repro.add_border(np.stack([moved(image, move, how) for image, move in zip(plain, moves)]))
 
 
 @pytest.mark.parametrize("how, pixels", [("roll", 1), ("pad", 1), ("roll", 3), ("pad", 3), ("pad", 15)])
@@ -324,35 +294,13 @@ def test_dropout_is_that_of_the_transcription(dropout):
     for i in range(20):
         parameters, state = some_parameters(i), State(seed=5, dropout=dropout)
         state.presentations = 1000 * i
-        _, scale = draw(5, 1000 * i, dropout)
+        kept = kept_of(5, 1000 * i, dropout)
         ours = gradients(network, parameters, images[[i]], targets[[i]], "sgd", state=state)
-        assert np.array_equal((ours[4] != 0).any(axis=1), scale > 0)
-        true = true_gradients(
-            parameters, images[[i]], targets[[i]], "mse", "tanh", torch.tensor(scale).double()
-        )
+        assert np.array_equal((ours[4] != 0).any(axis=1), kept)
+        scale = torch.tensor(kept / (1 - dropout))
+        true = true_gradients(parameters, images[[i]], targets[[i]], "mse", "tanh", scale)
         assert worst_error(ours, true) < 1e-5
         assert state.presentations == 1000 * i + 1
-
-
-def test_chance_is_fair():
-    """20,000 presentations: each of 9 shifts and each unit's dropout within 4.5 standard deviations."""
-    n = 20_000
-    draws = [draw(1, i) for i in range(n)]
-    moves = [draws[i][0] for i in range(n)]
-    for move in itertools.product((-1, 0, 1), repeat=2):
-        assert abs(moves.count(move) - n / 9) < 4.5 * math.sqrt(n * 8 / 81)
-    scales = np.stack([scale for _, scale in draws])
-    assert set(np.unique(scales)) == {0, np.float32(1) / np.float32(0.75)}
-    kept = (scales > 0).sum(axis=0)
-    assert abs(kept - 0.75 * n).max() < 4.5 * math.sqrt(n * 0.75 * 0.25)
-    assert abs(kept.mean() - 0.75 * n) < 4.5 * math.sqrt(n * 0.75 * 0.25 / 192)
-    # Units are dropped independently: of two neighbours, both are kept in 9 of 16 presentations.
-    both = ((scales[:, 1:] > 0) & (scales[:, :-1] > 0)).mean()
-    assert both == pytest.approx(9 / 16, abs=0.002)
-
-
-def test_replicas_of_other_seeds_draw_otherwise():
-    assert len({tuple(draw(seed, 0)[1]) for seed in range(100)}) == 100
 
 
 def test_evaluation_draws_nothing():

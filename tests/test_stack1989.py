@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_kernels import digits, double, draw, loss_of, outputs_of, padded, some_parameters
+from splitmix import kept_of, move_of, moved
+from test_kernels import digits, double, loss_of, outputs_of, some_parameters
 
 import modern
 import repro
@@ -72,11 +73,11 @@ def tensors(n, loss="mse", seed=0):
 
 def chance_of(seed, n, shift, dropout, images):
     """What a replica sees: its images (n, 1, 20, 20), shifted, and the scales (n, 192) of H2's outputs."""
-    drawn = [draw(seed, i, dropout or 0.5) for i in range(n)]
-    by = {"none": lambda x, move: x, "roll": lambda x, move: np.roll(x, move, (0, 1)), "pad": padded}[shift]
-    plain = [by(image, move) for image, (move, _) in zip(images[:, 0, 2:-2, 2:-2], drawn)]
-    scales = [scale if dropout else np.ones(192) for _, scale in drawn]
-    return repro.add_border(np.stack(plain)), np.stack(scales)
+    plain = images[:, 0, 2:-2, 2:-2]
+    if shift != "none":
+        plain = np.stack([moved(image, move_of(seed, i, 1), shift) for i, image in enumerate(plain)])
+    scales = [kept_of(seed, i, dropout) / (1 - dropout) if dropout else np.ones(192) for i in range(n)]
+    return repro.add_border(plain), np.stack(scales)
 
 
 def trained_in_float64(n, loss, activation, optimizer, shift, dropout, lr):
