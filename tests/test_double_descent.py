@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_sentence, run_study
+from conftest import run_study
 from torch import nn
 
 import mnist1d_gen
@@ -368,12 +368,3 @@ def test_one_config_alone_writes_no_page(tmp_path, capsys):
     written = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
     assert written == {"mlp-noisy-9.jsonl", "mlp-noisy-9.run.json"}
     assert sorted(runs.read_run(tmp_path / "out" / "mlp-noisy-9.jsonl").records) == [5, 6, 7, 8, 9]
-
-
-@pytest.mark.quick
-def test_what_it_cannot_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for flags in (["--engine", "c"], ["--data-root", str(tmp_path)], ["--device", "cuda"]):
-        assert double_descent.main([*flags, "--out", str(tmp_path / "out")]) == 2
-        one_sentence(capsys.readouterr().err, flags[0])
-    assert not (tmp_path / "out").exists()

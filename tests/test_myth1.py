@@ -229,10 +229,3 @@ def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
     path.unlink()
     assert study.main(flags) == 0 and capsys.readouterr().out == first  # times are not measured again
     assert path.read_bytes() == kept
-
-
-@pytest.mark.quick
-def test_what_it_cannot_do(tmp_path, capsys):
-    assert study.main(["--device", "cuda", "--out", str(tmp_path / "out")]) == 2
-    one_sentence(capsys.readouterr().err, "--device")
-    assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import one_sentence, real_root, run_study
+from conftest import real_root, run_study
 
 import modern
 import utils
@@ -256,12 +256,6 @@ def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
     assert study.main(flags) == 0
     assert capsys.readouterr().out == first.stdout
     assert {path: path.read_bytes() for path in found} == found
-
-
-@pytest.mark.quick
-def test_bad_requests(tmp_path, capsys, monkeypatch):
-    assert study.main(["--device", "cuda", "--out", str(tmp_path)]) == 2
-    one_sentence(capsys.readouterr().err, "--device", "leave it out")
 
 
 def test_the_network_is_that_of_change_2(monkeypatch):

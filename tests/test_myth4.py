@@ -479,7 +479,5 @@ def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys, monkeypatch):
 @pytest.mark.quick
 def test_what_it_cannot_do(tmp_path, capsys, little_data):
     out = ["--out", str(tmp_path / "out"), "--quiet"]
-    assert myth4_forgetting.main([*out, "--device", "cuda"]) == 2
-    one_sentence(capsys.readouterr().err, "--device")
     assert myth4_forgetting.main([*out, "--config", "mnist-least-30"]) == 2
     one_sentence(capsys.readouterr().err, "mnist.jsonl")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_sentence
 from torch import nn
 
 import prepro
@@ -326,11 +325,3 @@ def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
     path.unlink()
     assert study.main(flags) == 0 and capsys.readouterr().out == first
     assert path.read_bytes() == kept
-
-
-@pytest.mark.quick
-def test_what_it_cannot_do(tmp_path, capsys):
-    for flags in (["--device", "cuda"], ["--engine", "c"]):
-        assert study.main([*flags, "--out", str(tmp_path / "out")]) == 2
-        one_sentence(capsys.readouterr().err, flags[0])
-    assert not (tmp_path / "out").exists()

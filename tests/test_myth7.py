@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import one_sentence
 
 import modern
 import repro
@@ -313,10 +312,3 @@ def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
             flipped = [r for r in own if "flips" in r]
             assert all(r["steps_taken"] == r["digits"] * run.config["iterations"] for r in flipped)
             assert all(own[0]["n"] - own[0]["misses"] >= r["digits"] for r in flipped)
-
-
-@pytest.mark.quick
-def test_what_it_cannot_do(tmp_path, capsys):
-    assert study.main(["--device", "cuda", "--out", str(tmp_path / "out")]) == 2
-    one_sentence(capsys.readouterr().err, "--device")
-    assert not (tmp_path / "out").exists()

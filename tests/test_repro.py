@@ -350,6 +350,8 @@ def test_what_differs_from_the_preset_names_the_run(tmp_path):
     path = runs.path_of(args, ["usps", "literal"], changed, preset, "torch")
     assert path.parent == ROOT / "results" / "repro"
     assert path.name == "usps-literal-h2-schemerandom-lr0.5-torch.jsonl"
+    args = repro.parse_flags(["--smoke"])[0]  # goes where no page shows it
+    assert runs.path_of(args, ["x"], {}, {}) == ROOT / "results" / "smoke" / "repro" / "x.jsonl"
 
 
 def test_the_misses_drawn_are_all_the_misses(monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_sentence, run_study
+from conftest import run_study
 from torch import nn
 
 import mnist1d_gen
@@ -455,12 +455,3 @@ def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
     assert spatial_priors.main(flags) == 0
     assert capsys.readouterr().out == first.stdout and len(first.stdout.split("\n\n")) == 4
     assert {path: path.read_bytes() for path in found} == found
-
-
-@pytest.mark.quick
-def test_what_it_cannot_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for flags in (["--engine", "c"], ["--device", "cuda"]):
-        assert spatial_priors.main([*flags, "--out", str(tmp_path / "out")]) == 2
-        one_sentence(capsys.readouterr().err, *flags)
-    assert not (tmp_path / "out").exists()

@@ -197,8 +197,7 @@ def test_the_other_networks_are_trained_and_shown(tmp_path, capsys):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("flags", [["--seed", "5"], ["--seeds", "2"], ["--again"], ["--engine", "torch"]])
+@pytest.mark.parametrize("flags", [["--seed", "5"], ["--seeds", "2"], ["--again"]])
 def test_flags_that_would_change_nothing_are_refused(flags, capsys):
     assert recover_1989.main(["--smoke", *flags]) == 2
     assert f"{flags[0]} changes nothing" in capsys.readouterr().err
-    assert other_networks_1989.main(["--smoke", "--engine", "torch"]) == 2
