@@ -11,13 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, one_sentence
 
 import compare
+import forward_forward
+import prepro
 import repro
 import utils
 from records import run as runs_module
 from records import tables
+from studies import common
 
 SOURCES = {source: utils.reference(source) for source in compare.SOURCES}
 GENUINE = utils.reference("datasets")
@@ -330,6 +334,29 @@ def test_interpolated_digits_may_differ_on_other_processors(tmp_path):
     usps = compare.read_complete_run(write_run(tmp_path, "two", USPS, NEAR, sha256="ab" * 32))
     usps.sessions = [{"system": "Darwin arm64"}]
     assert compare.wrong_data(usps)  # which are whole numbers everywhere
+
+
+@quick
+@pytest.mark.parametrize("script", ["forward_forward", "ff_article"])
+def test_whole_mnist_is_the_genuine_one(script, tmp_path):
+    config = {"data": "mnist", "passes": 3}
+    for name, sha256 in GENUINE["built"].items():
+        run = compare.read_complete_run(write_run(tmp_path, "one", config, NEAR, script, sha256))
+        assert (compare.wrong_data(run) is None) == name.startswith("mnist-whole")
+    run.data_sha256 = "ab" * 32
+    assert "genuine mnist-whole" in compare.wrong_data(run)
+
+
+def test_committed_forward_forward_runs_were_trained_on_genuine_mnist(mnist_root):
+    splits, _, in_float32 = forward_forward.load("mnist")
+    assert torch.equal(splits["test"][1], prepro.load_whole_mnist()["test"][1])
+    in_bytes = common.load_whole_mnist()[1]
+    known = GENUINE["built"]["mnist-whole-float32"], GENUINE["built"]["mnist-whole"]
+    assert (in_float32, in_bytes) == known
+    paths = (ROOT / "results").glob("f*/*.jsonl")
+    headers = [json.loads(path.read_text().split("\n")[0]) for path in paths]
+    digests = [header["data_sha256"] for header in headers if header["config"].get("data") == "mnist"]
+    assert len(digests) > 60 and set(digests) == set(known)
 
 
 # The program
