@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_study
 
 import mnist1d_gen
 import utils
@@ -261,17 +260,19 @@ def tables_config(config):
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
     flags = ["--smoke", "--seeds", "2", "--quiet", "--threads", "1", "--out", str(tmp_path / "out")]
-    first = run_study("myth6_attention", *flags)
-    assert (first.returncode, first.stderr) == (0, "")
+    assert myth6_attention.main(flags) == 0
+    first = capsys.readouterr()
+    assert first.err == ""
     configs = myth6_attention.CONFIGS | myth6_attention.CHOICES
     names = {f"{name}{ending}" for name in configs for ending in (".jsonl", ".run.json")}
     written = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
     assert written == {*names, "myth6_attention.png"}
     found = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.json*")}
     assert myth6_attention.main(flags) == 0
-    assert capsys.readouterr().out == first.stdout
+    assert capsys.readouterr().out == first.out
     assert {path: path.read_bytes() for path in found} == found
 
 
