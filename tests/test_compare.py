@@ -619,6 +619,7 @@ def test_committed_runs_are_of_the_configs_that_they_are_named_after():
         elif (ROOT / "studies" / f"{run.script}.py").exists():
             study = compare.importlib.import_module(f"studies.{run.script}")
             configs = getattr(study, "CONFIGS", None)
+            assert run.script == run.path.parent.name, f"{place} is in the folder of another study"
             if configs is not None:
                 configs = configs | getattr(study, "CHOICES", {}) | getattr(study, "CLOSER", {})
                 assert run.name in configs, f"{place}: the study has no config of this name"

@@ -421,8 +421,7 @@ def test_the_committed_runs_are_complete_and_as_published():
     """91.7% of MNIST, within a point; and the learning rate of CIFAR-10 is the best of those tried."""
     found = tables.read_runs(myth4_forgetting.PAGE.parent)
     assert found.keys() == myth4_forgetting.CONFIGS.keys(), "run python -m studies.myth4_forgetting"
-    for name, run in found.items():
-        assert run.config == runs._plain(myth4_forgetting.CONFIGS[name])
+    for run in found.values():
         assert sorted(run.records) == ([1] if "held_out" in run.config else [1, 2, 3, 4, 5])
     common = forgetting_page.shares(forgetting_page.counts_of(found["mnist"]))[-1]
     assert common == [pytest.approx(91.7, abs=1)]

@@ -286,8 +286,8 @@ def test_the_tables_of_handmade_records():
 def test_the_committed_runs_are_complete():
     found = read_runs(study.PAGE.parent)
     assert found.keys() == study.CONFIGS.keys(), "run python -m studies.myth7_saliency"
-    for kind, run in found.items():
-        assert run.config == study.CONFIGS[kind] and sorted(run.records) == [1, 2, 3, 4, 5]
+    for run in found.values():
+        assert sorted(run.records) == [1, 2, 3, 4, 5]
         for own in run.records.values():
             assert len(own) == 1 + 2 * (4 + 3 * 2) and own[0]["split"] == "test"
             assert {r["digits"] for r in own if "digits" in r} == {150}

@@ -210,8 +210,8 @@ def test_the_config_is_what_was_published():
 def test_the_committed_runs_are_complete():
     found = tables.read_runs(pooling.PAGE.parent)
     assert found.keys() == pooling.CONFIGS.keys(), "run python -m studies.pooling"
-    for name, run in found.items():
-        assert run.config == pooling.CONFIGS[name] and sorted(run.records) == list(range(5))
+    for run in found.values():
+        assert sorted(run.records) == list(range(5))
         for split, n in ("train", run.config["train_size"]), ("test", 1_000), ("fresh", 20_000):
             last = run.final(split)
             assert [(r["step"], r["n"]) for r in last] == 5 * [(run.config["steps"], n)]
