@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from conftest import ROOT, one_sentence
 
 import compare
 import forward_forward
+import modern
 import prepro
 import repro
 import utils
@@ -126,10 +128,9 @@ def test_the_papers_say_what_the_facts_say():
 
 @quick
 def test_modern_trains_as_published():
-    modern = pytest.importorskip("modern")
     published = SOURCES["karpathy2022"]["changes"]
-    for change in range(5):
-        config = modern.make_config(change=change)
+    for change, data in itertools.product(range(5), ("mnist", "strokes", "usps")):
+        config = modern.make_config(change=change, data=data)
         for key in ("passes", "lr", "final_lr"):
             assert config[key] == published[key][change]
         assert config["dropout"] == (published["dropout"] if change == 4 else 0)

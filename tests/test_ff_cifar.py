@@ -17,7 +17,6 @@ from records.run import Run, read_run
 from studies import common, ff_cifar_page, ff_cifar_speed
 from studies import ff_cifar as study
 
-environment = functools.cache(utils.environment)  # git, once
 SMALL = {"passes": 2, "batch_size": 20, "curve_images": 30, "precision": "fp32"}
 
 
@@ -377,7 +376,6 @@ def pictures():
 
 @pytest.fixture
 def on_pictures(monkeypatch):
-    monkeypatch.setattr(utils, "environment", environment)
     monkeypatch.setattr(cifar10, "load", lambda data_root=None: pictures())
     monkeypatch.setattr(study, "SMOKE", {"passes": 2, "smoke_images": 60, "curve_images": 20})
 
@@ -549,7 +547,6 @@ def test_every_way_to_multiply_gives_the_same(monkeypatch, capsys):
         torch.testing.assert_close(product, true, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(to_fields(own), by_weights, rtol=1e-4, atol=1e-3)
     monkeypatch.setattr(ff_cifar_speed, "EXAMPLES", 2)
-    monkeypatch.setattr(utils, "environment", environment)
     assert ff_cifar_speed.main(["--rounds", "1"]) == 0
     printed = capsys.readouterr().out
     assert "| fp32 | a matrix a place |" in printed and "| backpropagation | 3 |" in printed
