@@ -1,7 +1,6 @@
 import copy
 import functools
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -1132,7 +1131,7 @@ def test_help_comes_without_pytorch():
     assert not any(name.startswith("studies") for name in loaded)
 
 
-def test_the_header_of_the_file_is_the_config(finished):
-    header = json.loads(finished.path.read_text().splitlines()[0])
-    assert header["script"] == "forward_forward" and header["seeds"] == [7, 8]
-    assert header["config"] == finished.config
+def test_a_run_knows_how_it_was_trained(finished):
+    assert finished.script == "forward_forward" and list(finished.records) == [7, 8]
+    config = ff.make_config(data="strokes", width=40, precision="fp32", passes=2)._asdict()
+    assert finished.config == config | {"smoke_digits": 500}
