@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -22,7 +23,8 @@ NO_NETWORK = {
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch):
     """Undo what a script may set for its whole process: oneDNN switched off, and the opener of URLs, which
-    keeps the proxies of its first request."""
+    keeps the proxies of its first request. PyTorch's random numbers do not depend on the tests before."""
+    torch.manual_seed(0)
     monkeypatch.setattr(urllib.request, "_opener", None)
     enabled = torch.backends.mkldnn.enabled
     yield
@@ -53,6 +55,29 @@ def start_script(name, *flags, limit=None, **environment):
         [sys.executable, *command, *map(str, flags)], env=environment, preexec_fn=limit, text=True,
         cwd=ROOT if study else "/", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+
+
+def spy_on_disk(monkeypatch):
+    """A list that the files synchronised and replaced from now on will be in: what, which inode, its size."""
+    seen, fsync, replace = [], os.fsync, os.replace
+
+    def note(what, file):
+        seen.append((what, os.stat(file).st_ino, os.stat(file).st_size))
+
+    monkeypatch.setattr(os, "fsync", lambda file: fsync(file) or note("fsync", file))
+    monkeypatch.setattr(os, "replace", lambda old, new: note("replace", old) or replace(old, new))
+    return seen
+
+
+def wait_until(condition, *processes, seconds=60):
+    """Wait until it is true, and fail where that takes too long or one of the processes has ended before."""
+    end = time.monotonic() + seconds
+    while not condition():
+        for process in processes:
+            alive = process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+            assert alive, f"{process} has ended too early"
+        assert time.monotonic() < end, "it hangs"
+        time.sleep(0.01)
 
 
 def one_sentence(text, *parts):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -916,6 +917,7 @@ def test_a_run_writes_what_it_should(finished):
     assert all((folder / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
     expected = ff.make_config(data="strokes", width=40, passes=2, precision="fp32")._asdict()
     assert finished.config == expected | {"smoke_digits": 500} and finished.data_sha256 == strokes()[2]
+    assert finished.script == "forward_forward" and list(finished.records) == [7, 8]
     for seed, records in finished.records.items():
         assert [(r["seed"], r["pass"], r["split"]) for r in records] == [
             (seed, 1, "running"), (seed, 2, "running"), (seed, 2, "train"), (seed, 2, "test")
@@ -1102,6 +1104,55 @@ def test_control_c_keeps_finished_seeds(tmp_path, monkeypatch, capsys):
 
 
 @quick
+def test_figures_are_of_the_last_split_and_of_the_labels_that_they_name(monkeypatch, tmp_path):
+    drawn = {}
+    for name in ("layers_learning", "goodness_histograms", "activities", "labelled"):
+        monkeypatch.setattr(figures, name, lambda *given, name=name: drawn.update({name: given}))
+    monkeypatch.setattr(figures, "save", lambda *_: None)
+    every, shape, _ = strokes()
+    splits = {split: (x[:200], y[:200]) for split, (x, y) in every.items()}
+    network, (images, labels) = trained(LEARNS, engine_of("torch"), n=300)[0], splits["test"]
+    records = [{"split": split} for split in ("running", "running", "train", "test")]
+    run = types.SimpleNamespace(path=tmp_path / "run.jsonl", records={6: [], 7: records})
+    with torch.inference_mode():
+        ff.plot(network, run, 7, splits, shape, "title")
+    plain = doubled(network)
+    logits = ff.plain_read_out(plain, images.double())
+    assert drawn["layers_learning"] == (records[:2], "title", records[3:])
+    right, wrong, _ = drawn["goodness_histograms"]
+    torch.testing.assert_close(right.double(), logits[:, torch.arange(200), labels], rtol=1e-5, atol=1e-4)
+    shown, (positives, negatives), _ = drawn["labelled"]
+    assert np.array_equal(shown, images[:10].view(-1, *shape)) and positives == labels[:10].tolist()
+    assert all(a != b for a, b in zip(positives, negatives))
+    of_negatives = logits[:, torch.arange(10), negatives]
+    torch.testing.assert_close(wrong[:, :10].double(), of_negatives, rtol=1e-5, atol=1e-4)
+    layers, goodness, tried, _ = drawn["activities"]
+    seven = labels.tolist().index(7)
+    assert tried == [7, 0]
+    torch.testing.assert_close(goodness.double(), logits[:, seven], rtol=1e-5, atol=1e-4)
+    x = ff.write_label(images[[seven, seven]].double(), torch.tensor(tried), LEARNS.label_scale)
+    for own, layer in zip(layers, plain.layers, strict=True):
+        h = layer.forward(x)
+        torch.testing.assert_close(own.double(), h, rtol=1e-5, atol=1e-4)
+        x = ff.unit_rms(h)
+
+
+@quick
+@pytest.mark.parametrize(
+    "passes, looks", [(5, range(1, 6)), (20, range(2, 21, 2)), (29, [*range(2, 29, 2), 29])]
+)
+def test_validation_is_looked_at_about_ten_times_and_at_the_end(passes, looks):
+    every, shape, _ = strokes()
+    splits = {"train": every["train"], "validation": every["test"]}
+    splits = {split: (x[:100], y[:100]) for split, (x, y) in splits.items()}
+    config = CONFIG._replace(passes=passes, width=10)
+    records, _ = ff.train(config, 0, splits, shape, engine_of("torch"))
+    assert [r["pass"] for r in records if r["split"] == "running"] == list(range(1, passes + 1))
+    assert [r["pass"] for r in records if r["split"] == "validation"] == list(looks)
+    assert [r["pass"] for r in records if r["split"] == "train"] == [passes]
+
+
+@quick
 def test_curves_show_the_error_and_examples_their_labels():
     running = [
         {"pass": 1 + k, "layer_losses": [9.0, 8], "layer_errors": [9.0, 8], "softmax_error": 9.0}
@@ -1129,9 +1180,3 @@ def test_help_comes_without_pytorch():
     loaded = done.stdout.split()
     assert "forward_forward" in loaded and not {"torch", "matplotlib"} & set(loaded)
     assert not any(name.startswith("studies") for name in loaded)
-
-
-def test_a_run_knows_how_it_was_trained(finished):
-    assert finished.script == "forward_forward" and list(finished.records) == [7, 8]
-    config = ff.make_config(data="strokes", width=40, precision="fp32", passes=2)._asdict()
-    assert finished.config == config | {"smoke_digits": 500}

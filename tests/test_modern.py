@@ -611,7 +611,7 @@ def test_a_device_that_is_not_there(run, capsys):
 
 @pytest.mark.parametrize("engine", ["c", "torch"])
 def test_a_run_that_diverges(engine, run, capsys):
-    run("--change", 0, "--lr", "1e38", "--seeds", 5, "--engine", engine, status=1)
+    run("--change", 1, "--lr", "1e38", "--seeds", 5, "--engine", engine, status=1)
     one_sentence(capsys.readouterr().err, "lower --lr", "seed 13")
 
 

@@ -354,6 +354,30 @@ def test_what_differs_from_the_preset_names_the_run(tmp_path):
     assert runs.path_of(args, ["x"], {}, {}) == ROOT / "results" / "smoke" / "repro" / "x.jsonl"
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("data", ["strokes", "mnist", "usps"])
+def test_figures_are_of_the_test_digits_and_the_paper_is_shown_on_its_own_data(data, tmp_path, monkeypatch):
+    drawn = {}
+    for name in ("learning_curves", "rejection", "misses", "kernels"):
+        monkeypatch.setattr(figures, name, lambda *given, name=name: drawn.update({name: given}))
+    monkeypatch.setattr(figures, "save", lambda *_: None)
+    images, labels, _ = digits(200)
+    splits = {"train": (images[:100], labels[:100]), "test": (images[100:], labels[100:])}
+    own, engine, trained = config(data=data, passes=2), engine_of("c"), parameters()
+    run = runs.Run(tmp_path / "run.jsonl", "repro", own, "")
+    for seed in (5, 6):
+        run.records[seed] = [{"seed": seed, **r} for r in repro.train(own, seed, splits, engine)[0]]
+    repro.plot(run, trained, engine, splits, "title", 5)
+    paper = utils.reference("lecun1989") if data == "usps" else {"result": None, "rejection": None}
+    assert drawn["learning_curves"] == ([run.records[5], run.records[6]], "title", paper["result"])
+    errors = [run.records[seed][-1]["error_of_accepted"] for seed in (5, 6)]
+    assert drawn["rejection"] == (errors, "title", paper["rejection"])
+    shown, targets, answers, _ = drawn["misses"]
+    assert np.array_equal(shown, images[100:, 0, 2:-2, 2:-2]) and np.array_equal(targets, labels[100:])
+    assert np.array_equal(answers, engine.compute_outputs(trained, images[100:]).argmax(axis=1))
+    assert np.array_equal(drawn["kernels"][0], trained.H1w[:, 0])
+
+
 def test_the_misses_drawn_are_all_the_misses(monkeypatch):
     drawn = {}
     monkeypatch.setattr(figures, "gallery", lambda images, captions, title: drawn.update(locals()))
@@ -629,10 +653,13 @@ def test_rejection():
     assert repro.rejected_for(1.0, outputs, labels) == 25
     assert repro.rejected_for(25.0, outputs, labels) == 0
     assert repro.rejected_for(1.0, outputs, np.array([0, 1, 4, 5])) == 100  # the surest is wrong
+    assert repro.errors_when_rejecting(outputs, labels, (0, 1, 25, 26, 75)) == [25, 0, 0, 0, 0]
+    labels = np.array([3, 0, 4, 0])  # the second surest and the least sure are wrong: 2 of 4, 1 of 3, 1 of 2
+    assert repro.errors_when_rejecting(outputs, labels, (0, 10, 25, 30, 50)) == [50, 33.3333, 33.3333, 50, 50]
 
 
-def test_rejections_are_of_the_top_two(usps_root):
-    """On 2,007 outputs, against a threshold by threshold count."""
+def test_rejections_are_of_the_top_two():
+    """On 500 outputs, against a threshold by threshold count."""
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 10, 500)
     outputs = generator.standard_normal((500, 10)) + 4 * np.eye(10)[labels]
