@@ -152,7 +152,7 @@ def test_a_thousand_presentations_stay_with_both_precisions_of_the_torch_engine(
     engine.train_pass(single, images, targets, 0.03)
     engine.train_pass(exact, images.astype(float), targets.astype(float), 0.03)
     for a, b, c in zip(ours, single, exact):
-        assert abs(a - b).max() < 1e-4 and abs(a - c).max() < 1e-4  # measured: 6e-7, 2e-6
+        assert abs(a - b).max() < 1e-5 and abs(a - c).max() < 2e-5  # measured over 8 seeds: 8e-7, 1.9e-6
 
 
 @pytest.mark.parametrize(
