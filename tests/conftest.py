@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import prepro
+from kernels import build
 
 torch.set_num_threads(1)  # as the scripts have it; two threads on a busy machine wait for each other
 
@@ -55,6 +56,27 @@ def start_script(name, *flags, limit=None, **environment):
         [sys.executable, *command, *map(str, flags)], env=environment, preexec_fn=limit, text=True,
         cwd=ROOT if study else "/", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+
+
+DAMAGES = {  # name -> what is left of a file's content
+    "truncated": lambda content: content[:-1],
+    "altered": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "html": lambda content: b"<html>",
+}
+
+
+def sanitizing(folder, kinds="address,undefined"):
+    """The compiler, and the flags of its sanitizers; skips the test where they do not work."""
+    try:
+        compiler = build.find_compiler()
+    except build.Unavailable as error:
+        pytest.skip(str(error))
+    flags = [f"-fsanitize={kinds}", "-fno-sanitize-recover=all", "-g"]
+    (folder / "empty.c").write_text("int main(void) { return 0; }\n")
+    for command in ([*compiler, *flags, folder / "empty.c", "-o", folder / "empty"], [folder / "empty"]):
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip(f"{compiler[0]} has no sanitizers of {kinds} that work here")
+    return compiler, flags
 
 
 def spy_on_disk(monkeypatch):

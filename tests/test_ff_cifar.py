@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_sentence
+from conftest import one_sentence, sanitizing
 
 import forward_forward as ff
 import utils
@@ -154,14 +154,7 @@ int main(void) {  // no array is longer than it has to be
 @pytest.mark.parametrize("bf16", [0, 1])
 def test_sanitizers_find_nothing(bf16, tmp_path):
     """In the C code as a program of its own: nothing beyond an array is read or written."""
-    try:
-        compiler = build.find_compiler()
-    except build.Unavailable as error:
-        pytest.skip(str(error))
-    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
-    (tmp_path / "empty.c").write_text("int main(void) { return 0; }\n")
-    if subprocess.run([*compiler, *sanitize, tmp_path / "empty.c", "-o", tmp_path / "empty"]).returncode:
-        pytest.skip(f"{compiler[0]} has no sanitizers")
+    compiler, sanitize = sanitizing(tmp_path)
     (tmp_path / "program.c").write_text(f'#include "{local_fields.SOURCE}"\n{PROGRAM}')
     target, _ = build.resolve_target(compiler, None)
     command = [*compiler, *build.MATHS, *target, *sanitize, f"-DBF16={bf16}", "-O1"]

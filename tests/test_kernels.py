@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, sanitizing
 from splitmix import kept_of, move_of, moved
 
 import repro
@@ -448,14 +448,7 @@ def test_another_processor_gives_the_same_bytes(variant, tmp_path):
 
 @pytest.mark.parametrize("variant", SOME)
 def test_sanitizers_find_nothing(variant, tmp_path):
-    compiler = build.find_compiler()
-    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
-    empty = tmp_path / "empty.c"
-    empty.write_text("int main(void) { return 0; }\n")
-    if subprocess.run(
-        [*compiler, *sanitize, empty, "-o", tmp_path / "empty"], capture_output=True
-    ).returncode:
-        pytest.skip(f"{compiler[0]} has no sanitizers")
+    compiler, sanitize = sanitizing(tmp_path)
     target, _ = build.resolve_target(compiler, None)
     command = [*compiler, *build.MATHS, *target, *sanitize, "-O1"]  # where it fuses no multiply-adds
     theirs, ours = with_program(command, tmp_path / "program", [], *variant)

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, sanitizing
 from splitmix import kept_of, move_of, moved
 from test_kernels import digits, double, loss_of, outputs_of, some_parameters
 
@@ -269,14 +269,9 @@ def test_threads_and_the_order_of_tasks_change_nothing(in_threads):
 
 @pytest.fixture(scope="module")
 def sanitizer(tmp_path_factory):
-    """The flags of a thread sanitizer that works here."""
-    empty = tmp_path_factory.mktemp("empty") / "empty.c"
-    empty.write_text("int main(void) { return 0; }\n")
-    program, flags = empty.with_suffix(""), ("-fsanitize=thread",)
-    for command in ([*build.find_compiler(), *flags, empty, "-o", program], [program]):
-        if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip(f"{build.find_compiler()[0]} has no thread sanitizer that works here")
-    return flags
+    """The flags of a thread sanitizer that works here; a race is to be counted, and to end nothing."""
+    sanitizing(tmp_path_factory.mktemp("empty"), "thread")
+    return ("-fsanitize=thread",)
 
 
 BARRIERS = SOURCE.read_text().count("BARRIER;")
