@@ -111,7 +111,14 @@ def test_it_holds_config_and_records_in_the_order_of_seeds(path):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("module, words", [(None, "repro.py"), ("studies.pooling", "-m studies.pooling")])
+@pytest.mark.parametrize(
+    "module, words",
+    [
+        (None, "repro.py"),
+        ("studies.pooling", "-m studies.pooling"),
+        ("studies.recipe.__main__", "-m studies.recipe"),
+    ],
+)
 def test_the_command_is_as_a_user_would_type_it(module, words, path, monkeypatch):
     started = types.ModuleType("__main__")
     started.__spec__ = module and importlib.machinery.ModuleSpec(module, None)
