@@ -261,7 +261,7 @@ def _receive(messages):
 def _command():
     """The command line as a user would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    script = ["-m", spec.name] if spec else [Path(sys.argv[0]).name]
+    script = ["-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
     return shlex.join(["python", *script, *sys.argv[1:]])
 
 

@@ -367,12 +367,12 @@ def main(argv=None):
     configs = common.chosen(args.configs, {**CONFIGS, **CHOICES})
     torch.set_num_threads(1)  # each thread trains a network by itself
     keep_freed_memory()
+    _, engine_name = ff.pick_engine(args.engine, args.device, "fp32")
     splits, sha256 = load(args.data_root, SMOKE["smoke_images"] if args.smoke else None)
     splits = {split: (x.to(args.device), y.to(args.device)) for split, (x, y) in splits.items()}
     configs = {name: {**config, **(SMOKE if args.smoke else {})} for name, config in configs.items()}
     for config in configs.values() if args.smoke else ():
         config["validation"] = min(config["validation"], SMOKE["smoke_images"] // 2)
-    _, engine_name = ff.pick_engine(args.engine, args.device, "fp32")
 
     def train_config(config, seed, progress):
         engine, _ = ff.pick_engine(engine_name, args.device, config["precision"])

@@ -251,8 +251,8 @@ def main(argv=None):
     asked = {name: config | changes for name, config in common.chosen(args.configs, CONFIGS).items()}
     torch.set_num_threads(1)
     usual = BASE | changes
-    splits, sha256 = load(usual["data"], args.data_root, usual["validation"], args.device)
     engine, engine_name = ff.pick_engine(args.engine, args.device, usual["precision"])
+    splits, sha256 = load(usual["data"], args.data_root, usual["validation"], args.device)
 
     def train_config(config, seeds, progress):
         return train(config, seeds, progress, splits, engine)

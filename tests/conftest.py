@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import prepro
+from kernels import build
 
 torch.set_num_threads(1)  # as the scripts have it; two threads on a busy machine wait for each other
 
@@ -22,7 +24,8 @@ NO_NETWORK = {
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch):
     """Undo what a script may set for its whole process: oneDNN switched off, and the opener of URLs, which
-    keeps the proxies of its first request."""
+    keeps the proxies of its first request. PyTorch's random numbers do not depend on the tests before."""
+    torch.manual_seed(0)
     monkeypatch.setattr(urllib.request, "_opener", None)
     enabled = torch.backends.mkldnn.enabled
     yield
@@ -53,6 +56,50 @@ def start_script(name, *flags, limit=None, **environment):
         [sys.executable, *command, *map(str, flags)], env=environment, preexec_fn=limit, text=True,
         cwd=ROOT if study else "/", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+
+
+DAMAGES = {  # name -> what is left of a file's content
+    "truncated": lambda content: content[:-1],
+    "altered": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "html": lambda content: b"<html>",
+}
+
+
+def sanitizing(folder, kinds="address,undefined"):
+    """The compiler, and the flags of its sanitizers; skips the test where they do not work."""
+    try:
+        compiler = build.find_compiler()
+    except build.Unavailable as error:
+        pytest.skip(str(error))
+    flags = [f"-fsanitize={kinds}", "-fno-sanitize-recover=all", "-g"]
+    (folder / "empty.c").write_text("int main(void) { return 0; }\n")
+    for command in ([*compiler, *flags, folder / "empty.c", "-o", folder / "empty"], [folder / "empty"]):
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip(f"{compiler[0]} has no sanitizers of {kinds} that work here")
+    return compiler, flags
+
+
+def spy_on_disk(monkeypatch):
+    """A list that the files synchronised and replaced from now on will be in: what, which inode, its size."""
+    seen, fsync, replace = [], os.fsync, os.replace
+
+    def note(what, file):
+        seen.append((what, os.stat(file).st_ino, os.stat(file).st_size))
+
+    monkeypatch.setattr(os, "fsync", lambda file: fsync(file) or note("fsync", file))
+    monkeypatch.setattr(os, "replace", lambda old, new: note("replace", old) or replace(old, new))
+    return seen
+
+
+def wait_until(condition, *processes, seconds=60):
+    """Wait until it is true, and fail where that takes too long or one of the processes has ended before."""
+    end = time.monotonic() + seconds
+    while not condition():
+        for process in processes:
+            alive = process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+            assert alive, f"{process} has ended too early"
+        assert time.monotonic() < end, "it hangs"
+        time.sleep(0.01)
 
 
 def one_sentence(text, *parts):

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -11,13 +12,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, one_sentence
 
 import compare
+import forward_forward
+import modern
+import prepro
 import repro
 import utils
 from records import run as runs_module
 from records import tables
+from studies import common
 
 SOURCES = {source: utils.reference(source) for source in compare.SOURCES}
 GENUINE = utils.reference("datasets")
@@ -122,10 +128,9 @@ def test_the_papers_say_what_the_facts_say():
 
 @quick
 def test_modern_trains_as_published():
-    modern = pytest.importorskip("modern")
     published = SOURCES["karpathy2022"]["changes"]
-    for change in range(5):
-        config = modern.make_config(change=change)
+    for change, data in itertools.product(range(5), ("mnist", "strokes", "usps")):
+        config = modern.make_config(change=change, data=data)
         for key in ("passes", "lr", "final_lr"):
             assert config[key] == published[key][change]
         assert config["dropout"] == (published["dropout"] if change == 4 else 0)
@@ -330,6 +335,29 @@ def test_interpolated_digits_may_differ_on_other_processors(tmp_path):
     usps = compare.read_complete_run(write_run(tmp_path, "two", USPS, NEAR, sha256="ab" * 32))
     usps.sessions = [{"system": "Darwin arm64"}]
     assert compare.wrong_data(usps)  # which are whole numbers everywhere
+
+
+@quick
+@pytest.mark.parametrize("script", ["forward_forward", "ff_article"])
+def test_whole_mnist_is_the_genuine_one(script, tmp_path):
+    config = {"data": "mnist", "passes": 3}
+    for name, sha256 in GENUINE["built"].items():
+        run = compare.read_complete_run(write_run(tmp_path, "one", config, NEAR, script, sha256))
+        assert (compare.wrong_data(run) is None) == name.startswith("mnist-whole")
+    run.data_sha256 = "ab" * 32
+    assert "genuine mnist-whole" in compare.wrong_data(run)
+
+
+def test_committed_forward_forward_runs_were_trained_on_genuine_mnist(mnist_root):
+    splits, _, in_float32 = forward_forward.load("mnist")
+    assert torch.equal(splits["test"][1], prepro.load_whole_mnist()["test"][1])
+    in_bytes = common.load_whole_mnist()[1]
+    known = GENUINE["built"]["mnist-whole-float32"], GENUINE["built"]["mnist-whole"]
+    assert (in_float32, in_bytes) == known
+    paths = (ROOT / "results").glob("f*/*.jsonl")
+    headers = [json.loads(path.read_text().split("\n")[0]) for path in paths]
+    digests = [header["data_sha256"] for header in headers if header["config"].get("data") == "mnist"]
+    assert len(digests) > 60 and set(digests) == set(known)
 
 
 # The program
@@ -592,6 +620,7 @@ def test_committed_runs_are_of_the_configs_that_they_are_named_after():
         elif (ROOT / "studies" / f"{run.script}.py").exists():
             study = compare.importlib.import_module(f"studies.{run.script}")
             configs = getattr(study, "CONFIGS", None)
+            assert run.script == run.path.parent.name, f"{place} is in the folder of another study"
             if configs is not None:
                 configs = configs | getattr(study, "CHOICES", {}) | getattr(study, "CLOSER", {})
                 assert run.name in configs, f"{place}: the study has no config of this name"

@@ -9,17 +9,11 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import NO_NETWORK, one_sentence, real_root
+from conftest import DAMAGES, NO_NETWORK, one_sentence, real_root
 
 import prepro
 import utils
 from datasets import cifar10, cifar10_1, qmnist, sources
-
-DAMAGES = {
-    "truncated": lambda content: content[:-1],
-    "altered": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
-    "html": lambda content: b"<html>",
-}
 
 
 def test_qmnist_describes_the_digits_of_mnist(mnist_root):

@@ -91,9 +91,3 @@ def test_tables_tell_what_has_a_record_and_what_has_none(finished):
 def test_unknown_names_get_one_sentence(tmp_path, capsys):
     assert study.main(["--configs", "nothing*", "--out", str(tmp_path)]) == 2
     one_sentence(capsys.readouterr().err, "nothing*", "hinton-jitter")
-
-
-@quick
-def test_committed_runs_are_of_the_configs_that_their_names_say():
-    for path in study.PAGE.parent.glob("*.jsonl"):
-        assert read_run(path).config == study.CONFIGS[path.stem], path

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ff_unsupervised import UNSKIPPED, digits, environment, examples, likelihood_of, nothing
+from test_ff_unsupervised import UNSKIPPED, digits, examples, likelihood_of, nothing
 
 import forward_forward as ff
 import prepro
@@ -189,7 +189,6 @@ def test_the_label_comes_down_by_one_layer_in_an_iteration():
 
 @pytest.fixture
 def on_strokes(monkeypatch):
-    monkeypatch.setattr(utils, "environment", environment)
     monkeypatch.setattr(prepro, "load_whole_mnist", lambda data_root=None: digits())
     for name in study.CONFIGS:
         monkeypatch.setitem(study.CONFIGS, name, {**study.CONFIGS[name], "width": 30})
@@ -223,7 +222,6 @@ def test_the_table_has_what_was_measured_and_what_is_published():
     (text,) = study.tables().values()
     (row,) = text.splitlines()[2:]
     run = read_run(study.PAGE.parent / "recurrent-scaled.jsonl")
-    assert run.config == study.CONFIGS["recurrent-scaled"]
     (record,) = [record for record in run.records[1337] if record["split"] == "test"]
     published = utils.reference("ff")["recurrent"]["test_error"]
     assert f" {record['misses'] / 100:.2f}% " in row and f" {published}% " in row

@@ -1,11 +1,11 @@
 import copy
 import functools
 import itertools
-import json
 import os
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -169,20 +169,11 @@ def test_a_label_is_written_into_the_first_ten_inputs():
 # The gradient
 
 
-def softmax_of(network, images, keys=None):
-    """The logits of the softmax, plainly."""
-    x, read = ff.write_label(images, torch.full((len(images),), ff.LABELS), network.config.label_scale), []
-    for k, layer in enumerate(network.layers):
-        x = ff.drop(ff.unit_rms(layer.forward(x)), ff.keys_of(keys, k, ff.NEUTRAL), network.config.dropout)
-        read.append(x)
-    return torch.cat(read, dim=1) @ network.head
-
-
 def true_gradients(network, images, labels, chance, keys=None):
     """By the plain step, which without momentum leaves them in the velocities; with what else it finds."""
     plain, n = doubled(network, momentum=0.0), len(images)
     config, images = plain.config, images.double()
-    logits, answers = softmax_of(plain, images, keys), ff.plain_read_out(plain, images)
+    logits, answers = ff.plain_neutral(plain, images, keys) @ plain.head, ff.plain_read_out(plain, images)
     hard = network.config.negatives == "hard"
     wrong = ff.sample_negatives(labels, chance, logits.float() if hard else None)
     right, taken = (answers[:, torch.arange(n), own] for own in (labels, wrong))
@@ -406,7 +397,9 @@ LEARNING = [
 ]
 
 
+@functools.cache
 def train_plainly(config, n, seed=0):
+    """The slow reference; what it returns is shared, and not to be changed."""
     splits, shape, _ = strokes()
     x, y = (tensor[:n] for tensor in splits["train"])
     network, unsure = ff.Network(x.shape[1], config, seed), torch.ones(n, dtype=torch.bool)
@@ -666,7 +659,6 @@ def test_every_way_to_read_out_is_the_plain_one(engine, goodness, layers):
     expected = ff.read_outs(doubled(network), images.double(), SHAPE)
     assert list(expected) == list(ff.READ_OUTS)
     torch.testing.assert_close(softmax.double(), expected["softmax"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(expected["softmax"], softmax_of(doubled(network), images.double()))
     true = {way: int((answers.argmax(dim=1) != labels).sum()) for way, answers in expected.items()}
     for way, answers in expected.items():
         loss, misses, of_all = ff.evaluate(network, images, labels, way, SHAPE)
@@ -831,18 +823,27 @@ CHANGES = {
 }
 
 
+def losses_with(**changes):
+    """Of three passes, in which some images are skipped; and the sums of what was learned."""
+    config = LEARNS._replace(passes=3, width=12, skip_threshold=0.9, revisit_prob=0.1)
+    network, records, _ = trained(config._replace(**changes), engine_of("torch"), n=150)
+    sums = [tensor.sum() for tensor in network.state_dict().values()]
+    return [record["layer_losses"] for record in records], sums
+
+
+@pytest.fixture(scope="module")
+def usual_losses():
+    return losses_with()
+
+
 @pytest.mark.parametrize("field, value", CHANGES.items())
-def test_every_field_of_the_config_changes_what_is_trained(field, value):
+def test_every_field_of_the_config_changes_what_is_trained(field, value, usual_losses):
     """From the same seed. (One that is parsed and not used would change nothing.)"""
-    config = LEARNS._replace(passes=3, width=12, skip_threshold=0.9, revisit_prob=0.1)  # some are skipped
+    assert losses_with(**{field: value}) != usual_losses
 
-    def losses(config):
-        network, records, _ = trained(config, engine_of("torch"), n=150)
-        sums = [tensor.sum() for tensor in network.state_dict().values()]
-        return [record["layer_losses"] for record in records], sums
 
-    assert losses(config._replace(**{field: value})) != losses(config)
-    assert losses(config) == losses(config)
+def test_the_same_config_and_seed_train_the_same(usual_losses):
+    assert losses_with() == usual_losses
 
 
 COMMITTED = {
@@ -917,6 +918,7 @@ def test_a_run_writes_what_it_should(finished):
     assert all((folder / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
     expected = ff.make_config(data="strokes", width=40, passes=2, precision="fp32")._asdict()
     assert finished.config == expected | {"smoke_digits": 500} and finished.data_sha256 == strokes()[2]
+    assert finished.script == "forward_forward" and list(finished.records) == [7, 8]
     for seed, records in finished.records.items():
         assert [(r["seed"], r["pass"], r["split"]) for r in records] == [
             (seed, 1, "running"), (seed, 2, "running"), (seed, 2, "train"), (seed, 2, "test")
@@ -1103,6 +1105,55 @@ def test_control_c_keeps_finished_seeds(tmp_path, monkeypatch, capsys):
 
 
 @quick
+def test_figures_are_of_the_last_split_and_of_the_labels_that_they_name(monkeypatch, tmp_path):
+    drawn = {}
+    for name in ("layers_learning", "goodness_histograms", "activities", "labelled"):
+        monkeypatch.setattr(figures, name, lambda *given, name=name: drawn.update({name: given}))
+    monkeypatch.setattr(figures, "save", lambda *_: None)
+    every, shape, _ = strokes()
+    splits = {split: (x[:200], y[:200]) for split, (x, y) in every.items()}
+    network, (images, labels) = trained(LEARNS, engine_of("torch"), n=300)[0], splits["test"]
+    records = [{"split": split} for split in ("running", "running", "train", "test")]
+    run = types.SimpleNamespace(path=tmp_path / "run.jsonl", records={6: [], 7: records})
+    with torch.inference_mode():
+        ff.plot(network, run, 7, splits, shape, "title")
+    plain = doubled(network)
+    logits = ff.plain_read_out(plain, images.double())
+    assert drawn["layers_learning"] == (records[:2], "title", records[3:])
+    right, wrong, _ = drawn["goodness_histograms"]
+    torch.testing.assert_close(right.double(), logits[:, torch.arange(200), labels], rtol=1e-5, atol=1e-4)
+    shown, (positives, negatives), _ = drawn["labelled"]
+    assert np.array_equal(shown, images[:10].view(-1, *shape)) and positives == labels[:10].tolist()
+    assert all(a != b for a, b in zip(positives, negatives))
+    of_negatives = logits[:, torch.arange(10), negatives]
+    torch.testing.assert_close(wrong[:, :10].double(), of_negatives, rtol=1e-5, atol=1e-4)
+    layers, goodness, tried, _ = drawn["activities"]
+    seven = labels.tolist().index(7)
+    assert tried == [7, 0]
+    torch.testing.assert_close(goodness.double(), logits[:, seven], rtol=1e-5, atol=1e-4)
+    x = ff.write_label(images[[seven, seven]].double(), torch.tensor(tried), LEARNS.label_scale)
+    for own, layer in zip(layers, plain.layers, strict=True):
+        h = layer.forward(x)
+        torch.testing.assert_close(own.double(), h, rtol=1e-5, atol=1e-4)
+        x = ff.unit_rms(h)
+
+
+@quick
+@pytest.mark.parametrize(
+    "passes, looks", [(5, range(1, 6)), (20, range(2, 21, 2)), (29, [*range(2, 29, 2), 29])]
+)
+def test_validation_is_looked_at_about_ten_times_and_at_the_end(passes, looks):
+    every, shape, _ = strokes()
+    splits = {"train": every["train"], "validation": every["test"]}
+    splits = {split: (x[:100], y[:100]) for split, (x, y) in splits.items()}
+    config = CONFIG._replace(passes=passes, width=10)
+    records, _ = ff.train(config, 0, splits, shape, engine_of("torch"))
+    assert [r["pass"] for r in records if r["split"] == "running"] == list(range(1, passes + 1))
+    assert [r["pass"] for r in records if r["split"] == "validation"] == list(looks)
+    assert [r["pass"] for r in records if r["split"] == "train"] == [passes]
+
+
+@quick
 def test_curves_show_the_error_and_examples_their_labels():
     running = [
         {"pass": 1 + k, "layer_losses": [9.0, 8], "layer_errors": [9.0, 8], "softmax_error": 9.0}
@@ -1130,9 +1181,3 @@ def test_help_comes_without_pytorch():
     loaded = done.stdout.split()
     assert "forward_forward" in loaded and not {"torch", "matplotlib"} & set(loaded)
     assert not any(name.startswith("studies") for name in loaded)
-
-
-def test_the_header_of_the_file_is_the_config(finished):
-    header = json.loads(finished.path.read_text().splitlines()[0])
-    assert header["script"] == "forward_forward" and header["seeds"] == [7, 8]
-    assert header["config"] == finished.config

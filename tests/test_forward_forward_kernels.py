@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from conftest import sanitizing
 
 from forward_forward import LABELS, TorchOps
 from kernels import build
@@ -159,6 +160,7 @@ def test_every_bfloat16_is_rounded_as_pytorch_rounds():
 
 def test_a_broken_kernel_is_noticed(tmp_path, monkeypatch):
     """The comparison can fail: by a label, a row, a sign, a square, a mean, the decay, a part, a tail."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
         right_one = Kernels(torch.float32, ("-O0",))  # quick to compile
     except build.Unavailable as error:
@@ -449,15 +451,7 @@ int main(int argc, char **argv) {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "bf16"))
 def test_sanitizers_find_nothing(dtype, tmp_path):
-    try:
-        compiler, engine = build.find_compiler(), Kernels(dtype)
-    except build.Unavailable as error:
-        pytest.skip(str(error))
-    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
-    (tmp_path / "empty.c").write_text("int main(void) { return 0; }\n")
-    empty = [*compiler, *sanitize, tmp_path / "empty.c", "-o", tmp_path / "empty"]
-    if subprocess.run(empty, capture_output=True).returncode:
-        pytest.skip(f"{compiler[0]} has no sanitizers")
+    (compiler, sanitize), engine = sanitizing(tmp_path), Kernels(dtype)
     (tmp_path / "program.c").write_text(f'#include "{kernel.SOURCE}"\n{PROGRAM}')
     target, _ = build.resolve_target(compiler, None)
     defined = f"-DBF16={int(dtype == torch.bfloat16)}"

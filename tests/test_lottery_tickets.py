@@ -501,13 +501,6 @@ def test_a_smoke_run_draws_and_tabulates(tmp_path):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("flags", [["--device", "cuda"], ["--data-root", "/tmp"]])
-def test_flags_that_change_nothing_are_refused(flags, capsys):
-    assert study.main(flags) == 2
-    one_sentence(capsys.readouterr().err, flags[0])
-
-
-@pytest.mark.quick
 def test_without_a_compiler_pytorch_trains(monkeypatch, capsys):
     monkeypatch.setenv("CC", "no-such-compiler")
     assert common.pick_engine("auto", sparse_mlp.load, "a year") == "torch"

@@ -421,7 +421,6 @@ def test_smoke_runs(usps_root, tmp_path):
     [
         (["--seeds", "4"], ["--seeds 4", "5 or more"]),
         (["--again"], ["--again changes nothing"]),
-        (["--device", "cuda"], ["--device changes nothing"]),
         (["--data-root", "{tmp}"], ["{tmp}"]),
     ],
 )

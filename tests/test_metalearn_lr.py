@@ -1,13 +1,12 @@
 """studies/metalearn_lr.py: its gradient against finite differences, its networks against torch.nn."""
 
 import functools
-import json
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_sentence, run_study
+from conftest import run_study
 from torch import nn
 
 import mnist1d_gen
@@ -174,8 +173,8 @@ def test_our_seed_0_is_the_published_run():
         for step, value in zip(row["trace_steps"], row["trace"]):
             assert float(f"{outer[step]['lr']:.4g}") == value
     assert found.keys() == metalearn_lr.CONFIGS.keys()
-    for name, run in found.items():
-        assert run.config == json.loads(json.dumps(metalearn_lr.CONFIGS[name])) and len(run.records) == 10
+    for run in found.values():
+        assert len(run.records) == 10
 
 
 @pytest.mark.quick
@@ -227,15 +226,12 @@ def test_the_tables_of_the_grid_take_the_best_of_each_seed():
     assert costs["1.24"].endswith(f"| {tables.mean_sd([0.4, 0.2], '.4f')} | 0.4000 |")
 
 
-def test_a_smoke_run_resumes_and_refuses(tmp_path):
-    flags = "--smoke", "--quiet", "--threads", 1, "--out", tmp_path
-    done = run_study("metalearn_lr", *flags, "--seeds", 2)
+def test_a_smoke_run_resumes(tmp_path, capsys):
+    flags = ["--smoke", "--quiet", "--threads", "1", "--seeds", "2", "--out", str(tmp_path)]
+    done = run_study("metalearn_lr", *flags)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "metalearn_lr.png").stat().st_size > 10_000
     assert "| networks |" in done.stdout and len(list(tmp_path.glob("*.jsonl"))) == 8
     first = {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
-    assert run_study("metalearn_lr", *flags, "--seeds", 2).returncode == 0
+    assert metalearn_lr.main(flags) == 0 and capsys.readouterr().out == done.stdout
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == first
-    done = run_study("metalearn_lr", *flags, "--engine", "c")
-    assert done.returncode == 2
-    one_sentence(done.stderr, "--engine", "changes nothing")

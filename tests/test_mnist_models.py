@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_sentence, run_study
+from conftest import run_study
 from torch import nn
 
 from records import run as runs
@@ -110,10 +110,3 @@ def test_a_smoke_run(tmp_path, mnist_root):
     done = run_study("mnist_models", "--smoke", "--seeds", "2", "--quiet", "--out", str(tmp_path / "out"))
     assert (done.returncode, done.stderr) == (0, "")
     assert {path.stem for path in (tmp_path / "out").glob("*.jsonl")} == set(CONFIGS)
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("flags", [["--engine", "torch"], ["--device", "cuda"]])
-def test_flags_that_change_nothing_are_refused(flags, tmp_path, capsys):
-    assert mnist_models.main([*flags, "--out", str(tmp_path)]) == 2
-    one_sentence(capsys.readouterr().err, flags[0])

@@ -203,8 +203,8 @@ def test_without_a_compiler(monkeypatch, capsys):
 def test_what_is_committed_is_complete():
     found = read_runs(study.PAGE.parent)
     assert found.keys() == study.CONFIGS.keys(), "run python -m studies.myth1_hessians"
-    for name, run in found.items():
-        assert run.config == study.CONFIGS[name] and sorted(run.records) == [0, 1, 2]
+    for run in found.values():
+        assert sorted(run.records) == [0, 1, 2]
         for own in run.records.values():
             for record in own:
                 assert record.get("float64", 0) < 1e-13 and record.get("float32", 0) < 1e-3
@@ -229,10 +229,3 @@ def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
     path.unlink()
     assert study.main(flags) == 0 and capsys.readouterr().out == first  # times are not measured again
     assert path.read_bytes() == kept
-
-
-@pytest.mark.quick
-def test_what_it_cannot_do(tmp_path, capsys):
-    assert study.main(["--device", "cuda", "--out", str(tmp_path / "out")]) == 2
-    one_sentence(capsys.readouterr().err, "--device")
-    assert not (tmp_path / "out").exists()

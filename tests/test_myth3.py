@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import one_sentence, real_root, run_study
+from conftest import NO_NETWORK, real_root
 
 import mnist1d_gen
 import modern
@@ -258,7 +258,6 @@ def test_the_committed_runs_are_complete():
     assert found.keys() == study.CONFIGS.keys(), "run python -m studies.myth3_fresh_test_sets"
     for name, run in found.items():
         first = {"ours": 1337}.get(name.split("-")[0], 0)
-        assert run.config == study.CONFIGS[name]
         assert sorted(run.records) == ([0] if name == "cifar10" else list(range(first, first + 5)))
     assert all(len(records) == 40 * 4 + 6 for records in found["search"].records.values())
 
@@ -292,20 +291,18 @@ def test_published_models_are_those_of_spatial_priors():
         assert max(map(abs, differences)) <= (15 if model == "gru" else 0)
 
 
-def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
+@pytest.mark.filterwarnings("error")
+def test_a_smoke_run_and_the_same_command_again(tmp_path, monkeypatch, capsys):
     flags = ["--smoke", "--seeds", "2", "--quiet", "--threads", "1", "--out", str(tmp_path / "out")]
-    first = run_study("myth3_fresh_test_sets", *flags, DROSOPHILA_DATA=tmp_path / "nothing")
-    assert (first.returncode, first.stderr) == (0, "")
+    for name, value in {**NO_NETWORK, "DROSOPHILA_DATA": str(tmp_path / "nothing")}.items():
+        monkeypatch.setenv(name, value)
+    assert study.main(flags) == 0
+    first = capsys.readouterr()
+    assert first.err == ""
     written = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
     names = {f"{name}{ending}" for name in study.CONFIGS for ending in (".jsonl", ".run.json")}
     assert written == {*names, "myth3_fresh_test_sets.png"}
     found = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.json*")}
     assert study.main(flags) == 0
-    assert capsys.readouterr().out == first.stdout
+    assert capsys.readouterr().out == first.out
     assert {path: path.read_bytes() for path in found} == found
-
-
-@pytest.mark.quick
-def test_bad_requests(tmp_path, capsys):
-    assert study.main(["--device", "cuda", "--out", str(tmp_path)]) == 2
-    one_sentence(capsys.readouterr().err, "--device", "leave it out")

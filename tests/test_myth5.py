@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_sentence
 from torch import nn
 
 import prepro
@@ -303,8 +302,7 @@ def test_the_tables_of_handmade_runs():
 def test_the_committed_runs_are_complete():
     found = read_runs(study.PAGE.parent)
     assert found.keys() == study.CONFIGS.keys(), "run python -m studies.myth5_fixup"
-    for name, run in found.items():
-        assert run.config == study.CONFIGS[name] | {"lr": list(study.CONFIGS[name]["lr"])}
+    for run in found.values():
         assert sorted(run.records) == list(range(3 if run.config["layers"] > 1_000 else 5))
         for own in run.records.values():
             looks = [(r["lr"], r["split"], r["n"]) for r in own]
@@ -326,11 +324,3 @@ def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
     path.unlink()
     assert study.main(flags) == 0 and capsys.readouterr().out == first
     assert path.read_bytes() == kept
-
-
-@pytest.mark.quick
-def test_what_it_cannot_do(tmp_path, capsys):
-    for flags in (["--device", "cuda"], ["--engine", "c"]):
-        assert study.main([*flags, "--out", str(tmp_path / "out")]) == 2
-        one_sentence(capsys.readouterr().err, flags[0])
-    assert not (tmp_path / "out").exists()

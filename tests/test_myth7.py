@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import one_sentence
 
 import modern
 import repro
@@ -287,8 +286,8 @@ def test_the_tables_of_handmade_records():
 def test_the_committed_runs_are_complete():
     found = read_runs(study.PAGE.parent)
     assert found.keys() == study.CONFIGS.keys(), "run python -m studies.myth7_saliency"
-    for kind, run in found.items():
-        assert run.config == study.CONFIGS[kind] and sorted(run.records) == [1, 2, 3, 4, 5]
+    for run in found.values():
+        assert sorted(run.records) == [1, 2, 3, 4, 5]
         for own in run.records.values():
             assert len(own) == 1 + 2 * (4 + 3 * 2) and own[0]["split"] == "test"
             assert {r["digits"] for r in own if "digits" in r} == {150}
@@ -313,10 +312,3 @@ def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
             flipped = [r for r in own if "flips" in r]
             assert all(r["steps_taken"] == r["digits"] * run.config["iterations"] for r in flipped)
             assert all(own[0]["n"] - own[0]["misses"] >= r["digits"] for r in flipped)
-
-
-@pytest.mark.quick
-def test_what_it_cannot_do(tmp_path, capsys):
-    assert study.main(["--device", "cuda", "--out", str(tmp_path / "out")]) == 2
-    one_sentence(capsys.readouterr().err, "--device")
-    assert not (tmp_path / "out").exists()

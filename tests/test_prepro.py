@@ -13,7 +13,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import NO_NETWORK, one_sentence, real_root, run_script
+from conftest import DAMAGES, NO_NETWORK, one_sentence, real_root, run_script
 
 import prepro
 import utils
@@ -226,13 +226,6 @@ def test_mnist_that_is_still_compressed(mnist_copy, compressed, mnist_root, monk
     with pytest.raises(utils.BadRequest) as error:
         prepro.find_sources("mnist", mnist_copy)
     one_sentence(str(error.value), torn, "delete it")
-
-
-DAMAGES = {
-    "truncated": lambda content: content[:-1],
-    "altered": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
-    "html": lambda content: b"<html>",
-}
 
 
 @pytest.mark.parametrize("file", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])

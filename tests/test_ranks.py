@@ -16,7 +16,7 @@ import time
 import pytest
 import ranks_toy
 import torch
-from conftest import NO_NETWORK, ROOT, one_sentence
+from conftest import NO_NETWORK, ROOT, one_sentence, wait_until
 
 import prepro
 import repro
@@ -120,8 +120,7 @@ def test_a_rank_that_is_killed_fails_the_run_and_the_same_command_goes_on(fork, 
     process = torchrun(2, tmp_path / "logs", *words, "--pause", 0.02)
     with contextlib.ExitStack() as stack:
         stack.callback(process.kill)
-        while len(seeds_in(many / "config0.jsonl")) < 3:
-            time.sleep(0.05)
+        wait_until(lambda: len(seeds_in(many / "config0.jsonl")) >= 3, process, seconds=LONGEST)
         os.kill(rank_of(process, 1), signal.SIGKILL)
         process.communicate(timeout=LONGEST)
     assert process.returncode == 1
@@ -181,11 +180,7 @@ class Ranks:
 
     def wait_until(self, condition):
         """Wait for it, for as long as all ranks live."""
-        end = time.monotonic() + LONGEST
-        while not condition():
-            assert all(process.is_alive() for process in self.processes), "a rank has ended too early"
-            assert time.monotonic() < end, "it hangs"
-            time.sleep(0.02)
+        wait_until(condition, *self.processes, seconds=LONGEST)
 
     def finish(self):
         """The exit statuses, and what was printed on stderr, of each rank."""

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, one_sentence
+from conftest import one_sentence
 from torch import nn
 
 import prepro
 from studies.recipe import __main__ as command
 from studies.recipe import against, dependencies, local, page, plain, seeds, skeleton
 from studies.recipe.expected import EXPECTED, lecun1989, modern
-from studies.recipe.model import Data, Model, Remember, make_models, result, run_once
+from studies.recipe.model import Data, Remember, make_models, result
 
 # A model that is not ours: the one of the page, on noise that a linear layer can read
 
@@ -333,4 +333,3 @@ def test_the_page_is_made_of_the_committed_records():
     assert tables.fill(text, found) == text, "python -m studies.recipe.page writes its tables anew"
     for name, records in page.records_of(page.PAGE.parent).items():
         assert all(record["passed"] is not False for record in records), name
-    assert (ROOT / "studies" / "recipe" / "__main__.py").exists() and isinstance(Model, type) and run_once

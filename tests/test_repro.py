@@ -350,6 +350,32 @@ def test_what_differs_from_the_preset_names_the_run(tmp_path):
     path = runs.path_of(args, ["usps", "literal"], changed, preset, "torch")
     assert path.parent == ROOT / "results" / "repro"
     assert path.name == "usps-literal-h2-schemerandom-lr0.5-torch.jsonl"
+    args = repro.parse_flags(["--smoke"])[0]  # goes where no page shows it
+    assert runs.path_of(args, ["x"], {}, {}) == ROOT / "results" / "smoke" / "repro" / "x.jsonl"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("data", ["strokes", "mnist", "usps"])
+def test_figures_are_of_the_test_digits_and_the_paper_is_shown_on_its_own_data(data, tmp_path, monkeypatch):
+    drawn = {}
+    for name in ("learning_curves", "rejection", "misses", "kernels"):
+        monkeypatch.setattr(figures, name, lambda *given, name=name: drawn.update({name: given}))
+    monkeypatch.setattr(figures, "save", lambda *_: None)
+    images, labels, _ = digits(200)
+    splits = {"train": (images[:100], labels[:100]), "test": (images[100:], labels[100:])}
+    own, engine, trained = config(data=data, passes=2), engine_of("c"), parameters()
+    run = runs.Run(tmp_path / "run.jsonl", "repro", own, "")
+    for seed in (5, 6):
+        run.records[seed] = [{"seed": seed, **r} for r in repro.train(own, seed, splits, engine)[0]]
+    repro.plot(run, trained, engine, splits, "title", 5)
+    paper = utils.reference("lecun1989") if data == "usps" else {"result": None, "rejection": None}
+    assert drawn["learning_curves"] == ([run.records[5], run.records[6]], "title", paper["result"])
+    errors = [run.records[seed][-1]["error_of_accepted"] for seed in (5, 6)]
+    assert drawn["rejection"] == (errors, "title", paper["rejection"])
+    shown, targets, answers, _ = drawn["misses"]
+    assert np.array_equal(shown, images[100:, 0, 2:-2, 2:-2]) and np.array_equal(targets, labels[100:])
+    assert np.array_equal(answers, engine.compute_outputs(trained, images[100:]).argmax(axis=1))
+    assert np.array_equal(drawn["kernels"][0], trained.H1w[:, 0])
 
 
 def test_the_misses_drawn_are_all_the_misses(monkeypatch):
@@ -384,24 +410,38 @@ def test_a_whole_run_on_strokes_is_about_as_hard_as_real_digits(tmp_path):
     assert 2 <= whole_run(tmp_path, "--data", "strokes", name="strokes").final("test")[0]["error"] <= 7
 
 
+def committed(name):
+    run = runs.read_run(ROOT / "results" / "repro" / f"{name}.jsonl")
+    assert len(run.records) == 100
+    return run
+
+
+def test_the_committed_run_is_that_of_this_code(tmp_path, mnist_root):
+    """Its first seed, trained again: byte for byte what is committed."""
+    again, run = whole_run(tmp_path, "--data", "mnist", name="mnist"), committed("mnist")
+    assert again.config == run.config and again.data_sha256 == run.data_sha256
+    (seed,) = again.records
+    assert again.records[seed] == run.records[seed]
+
+
 @pytest.mark.parametrize(
-    "name, flags",
+    "name, preset, data, draw, seed",
     [
-        ("mnist", ["--data", "mnist"]),
-        ("mnist-train-first", ["--data", "mnist", "--draw", "train-first"]),
-        ("usps", ["--data", "usps"]),
-        ("usps-literal", ["--data", "usps", "--preset", "literal", "--seed", "1000"]),
-        ("usps-recovered", ["--data", "usps", "--preset", "recovered", "--seed", "1000"]),
+        ("mnist-train-first", "karpathy", "mnist", "train-first", 1337),
+        ("usps", "karpathy", "usps", None, 1337),
+        ("usps-literal", "literal", "usps", None, 1000),
+        ("usps-recovered", "recovered", "usps", None, 1000),
     ],
 )
-def test_the_committed_runs_are_those_of_this_code(name, flags, tmp_path):
-    """The first seed of each, trained again: byte for byte what is committed."""
-    real_root(flags[1])
-    committed = runs.read_run(ROOT / "results" / "repro" / f"{name}.jsonl")
-    again = whole_run(tmp_path, *flags, name=name)
-    assert again.config == committed.config and again.data_sha256 == committed.data_sha256
-    (seed,) = again.records
-    assert again.records[seed] == committed.records[seed] and len(committed.records) == 100
+def test_committed_runs_begin_as_this_code_does(name, preset, data, draw, seed):
+    """Two passes of the first seed. No pass depends on how many are to come."""
+    run, config = committed(name), repro.make_config(preset, data, draw)
+    digits = prepro.load(data, draw, real_root(data))
+    assert run.config == config and run.data_sha256 == digits.sha256() and min(run.records) == seed
+    engine = repro.pick_engine("c", "cpu", config)
+    records, _ = repro.train({**config, "passes": 2}, seed, repro.border_splits(digits), engine)
+    del records[-1]["rejected"], records[-1]["error_of_accepted"]
+    assert [{"seed": seed, **record} for record in records] == run.records[seed][:4]
 
 
 @pytest.mark.parametrize("name", ["mnist", "mnist-train-first", "usps"])
@@ -613,10 +653,13 @@ def test_rejection():
     assert repro.rejected_for(1.0, outputs, labels) == 25
     assert repro.rejected_for(25.0, outputs, labels) == 0
     assert repro.rejected_for(1.0, outputs, np.array([0, 1, 4, 5])) == 100  # the surest is wrong
+    assert repro.errors_when_rejecting(outputs, labels, (0, 1, 25, 26, 75)) == [25, 0, 0, 0, 0]
+    labels = np.array([3, 0, 4, 0])  # the second surest and the least sure are wrong: 2 of 4, 1 of 3, 1 of 2
+    assert repro.errors_when_rejecting(outputs, labels, (0, 10, 25, 30, 50)) == [50, 33.3333, 33.3333, 50, 50]
 
 
-def test_rejections_are_of_the_top_two(usps_root):
-    """On 2,007 outputs, against a threshold by threshold count."""
+def test_rejections_are_of_the_top_two():
+    """On 500 outputs, against a threshold by threshold count."""
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 10, 500)
     outputs = generator.standard_normal((500, 10)) + 4 * np.eye(10)[labels]

@@ -1,6 +1,7 @@
 """A run's file: whole whatever happens, kept seed by seed, and refused where it is not what it claims."""
 
 import functools
+import importlib.machinery
 import json
 import multiprocessing
 import os
@@ -11,9 +12,10 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
-from conftest import ROOT, one_sentence
+from conftest import ROOT, one_sentence, wait_until
 
 import utils
 from records import run as runs
@@ -66,9 +68,8 @@ def finish(process):
     return process.returncode, output, error
 
 
-def wait_for_seed(path, seed):
-    while not path.exists() or seed not in runs.read_run(path).records:
-        time.sleep(0.01)
+def wait_for_seed(path, seed, process):
+    wait_until(lambda: path.exists() and seed in runs.read_run(path).records, process)
 
 
 @pytest.fixture
@@ -107,6 +108,43 @@ def test_it_holds_config_and_records_in_the_order_of_seeds(path):
     (session,) = json.loads(path.with_suffix(".run.json").read_text())["sessions"]
     assert session["seconds"] == {"0": 1.5, "1": 2.0, "2": 1.5} and session["engine"] == "c"
     assert {"commit", "versions", "cpu", "command", "started", "wall_seconds"} <= set(session)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "module, words",
+    [
+        (None, "repro.py"),
+        ("studies.pooling", "-m studies.pooling"),
+        ("studies.recipe.__main__", "-m studies.recipe"),
+    ],
+)
+def test_the_command_is_as_a_user_would_type_it(module, words, path, monkeypatch):
+    started = types.ModuleType("__main__")
+    started.__spec__ = module and importlib.machinery.ModuleSpec(module, None)
+    monkeypatch.setitem(sys.modules, "__main__", started)
+    monkeypatch.setattr(sys, "argv", ["/home/me/repro.py", "--seeds", "3", "--out", "my results"])
+    with runs.open_run(path, "toy", CONFIG, "sum") as run:
+        run.add({9: records_of(9)}, 1.0)
+    session = runs.read_run(path).sessions[-1]
+    assert session["command"] == f"python {words} --seeds 3 --out 'my results'"
+
+
+@pytest.mark.quick
+def test_a_report_is_of_the_seeds_asked_for(path, capsys):
+    """Seeds 0 to 2 are on file, and miss as many digits as their number says."""
+    run = runs.read_run(path)
+    runs.report(run, range(2), quiet=False)
+    files, *lines = capsys.readouterr().out.splitlines()
+    assert files == f"files: {path.parent / 'name'}.*"
+    last = ("seed 0, pass 2", runs.eval_line(**run.records[0][-2]), runs.eval_line(**run.records[0][-1]))
+    assert tuple(lines[1:4]) == last and lines[4] == "seed 1, pass 2"
+    assert lines[-7] == "2 seeds, mean ± standard deviation (lowest to highest):"
+    assert lines[-1] == "test  misses 0.5 ± 0.7 (0.0 to 1.0)"
+    assert lines[-3] == "test  loss   4.167e-01 ± 1.179e-01 (3.333e-01 to 5.000e-01)"
+    assert [line.split()[0] for line in lines[-6:]] == ["train"] * 3 + ["test"] * 3
+    runs.report(run, [2], quiet=True)
+    assert capsys.readouterr().out.splitlines() == [runs.eval_line(**r) for r in run.records[2][-2:]]
 
 
 @pytest.mark.quick
@@ -296,8 +334,8 @@ def test_twenty_random_kills(tmp_path):
 def test_a_signal_keeps_the_seeds_that_have_finished(number, tmp_path):
     path = tmp_path / "run.jsonl"
     process = start(path, seeds=1000, pause=0.003)
-    wait_for_seed(path, 0)
-    wait_for_seed(path, 1)
+    wait_for_seed(path, 0, process)
+    wait_for_seed(path, 1, process)
     process.send_signal(number)
     code, output, error = finish(process)
     assert code == 128 + number and "finished" not in output
@@ -348,6 +386,18 @@ def test_a_second_writer_is_refused_and_a_lock_dies_with_its_process(tmp_path):
     finish(first)
     assert finish(start(path, first=5000, seeds=1))[0] == 0
     assert 5000 in runs.read_run(path).records
+
+
+@pytest.mark.quick
+def test_a_file_system_without_locks_gets_a_sentence_and_the_seeds(path, monkeypatch, capsys):
+    def acquire(self, timeout):
+        raise NotImplementedError
+
+    monkeypatch.setattr(runs.FileLock, "acquire", acquire)
+    with runs.open_run(path, "toy", CONFIG, "sum") as run:
+        run.add({3: records_of(3)}, 1.0)
+    one_sentence(capsys.readouterr().err, path.parent, "cannot be locked")
+    assert list(runs.read_run(path).records) == [0, 1, 2, 3]
 
 
 # Work in parallel

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, one_sentence
+from conftest import ROOT, one_sentence, spy_on_disk, wait_until
 
 import utils
 
@@ -34,16 +34,25 @@ def test_a_file_is_whole_at_every_moment_and_when_its_writer_is_killed(tmp_path)
     path, seen = tmp_path / "file", set()
     for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", WRITER, path], cwd=ROOT)
-        while not path.exists():
-            time.sleep(0.01)
-        for _ in range(30):
-            time.sleep(0.003)
-            content = path.read_text()
-            assert len(content) == 300_000 and len(set(content)) == 1
-            seen.add(content[0])
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        try:
+            wait_until(path.exists, process)
+            for _ in range(30):
+                time.sleep(0.003)
+                content = path.read_text()
+                assert len(content) == 300_000 and len(set(content)) == 1
+                seen.add(content[0])
+        finally:
+            process.kill()
+            process.wait()
     assert seen == {"a", "b"}
+
+
+@pytest.mark.quick
+def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    seen = spy_on_disk(monkeypatch)
+    utils.write_file(tmp_path / "file", "text")
+    inode = (tmp_path / "file").stat().st_ino
+    assert seen == [("fsync", inode, 4), ("replace", inode, 4)]
 
 
 @pytest.mark.quick
