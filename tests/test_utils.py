@@ -248,6 +248,8 @@ def test_the_commit_is_that_of_this_repository_and_of_no_other(tmp_path):
     (tmp_path / "export").mkdir()
     for folder in (tmp_path, tmp_path / "export"):
         shutil.copy(ROOT / "utils.py", folder)
+        (folder / "kernels").mkdir()
+        shutil.copy(ROOT / "kernels" / "build.py", folder / "kernels")
     for words in (["init", "-q"], ["add", "utils.py"], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *words], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
