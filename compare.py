@@ -97,7 +97,7 @@ CLAIMS = (
      "forward_forward.py --preset hinton-jitter", "forward_forward"),
     ("Hinton 2022, unsupervised / local receptive fields", ["ff.unsupervised:0", "ff.local:0"],
      "-m studies.ff_unsupervised --configs unsupervised local", "ff_unsupervised"),
-    ("Hinton 2022, recurrent (ours is smaller)", ["ff.recurrent:1"],
+    ("Hinton 2022, recurrent (ours is smaller)", ["ff.recurrent:2"],
      "-m studies.ff_recurrent", "ff_recurrent"),
     ("Hinton 2022, CIFAR-10: backpropagation with 2 / 3 layers, Forward-Forward with 2 / 3",
      [f"ff.cifar-{name}:0" for name in ("backpropagation", "backpropagation-3", "ff", "ff-3")],

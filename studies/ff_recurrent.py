@@ -1,7 +1,7 @@
 """Forward-Forward with top-down input (Hinton 2022): an image is shown as a video in which nothing moves.
 
     python -m studies.ff_recurrent                        # the scaled config: four minutes of one core
-    python -m studies.ff_recurrent --configs recurrent    # as published: an estimated hour of one core
+    python -m studies.ff_recurrent --configs recurrent    # as published: an hour and a half
     python -m studies.ff_recurrent --validation           # test on training digits, to choose by
     python -m studies.ff_recurrent --precision fp32       # for processors that have no bfloat16
 
@@ -12,10 +12,10 @@ one. To classify an image, all ten labels are tried, and the one with the highes
 3 to 5, is the answer.
 
 Published (`recurrent` in reference/ff.toml): a test error of 1.31%. What would refute it: five seeds of the
-published config, if the 95% interval for one more seed leaves this number out. Only the scaled config has
-been run. The learning rate was chosen, in factors of about 3, by the error of one seed on 10,000 of the
-training digits after two or three passes; there is no record of that. `# assumption` marks what we chose
-where the accounts of the paper leave something open.
+published config, if the 95% interval for one more seed leaves this number out. It has not been run with the
+learning rate that `recurrent-choose-*` led to, by the error of one seed on 10,000 of the training digits
+after three passes. That of the scaled config was chosen in the same way; there is no record of that.
+`# assumption` marks what we chose where the accounts of the paper leave something open.
 """
 
 import sys
@@ -26,6 +26,7 @@ import torch
 
 import forward_forward as ff
 import utils
+from records.tables import markdown_table, read_runs
 from studies import common
 from studies.ff_common import (
     USUAL,
@@ -48,9 +49,14 @@ RECURRENT = {
     "last_read": 5,
     "keep": 0.3,  # the part of a layer's state that stays from one iteration to the next
     "passes": 60,
-    "lr": 0.01,
+    "lr": 0.003,  # chosen by recurrent-choose-*
 }
-CONFIGS = {"recurrent": RECURRENT, "recurrent-scaled": {**RECURRENT, "width": 500, "passes": 12}}
+CONFIGS = {
+    "recurrent": RECURRENT,
+    "recurrent-scaled": {**RECURRENT, "width": 500, "passes": 12, "lr": 0.01},
+    "recurrent-lr0.01": {**RECURRENT, "lr": 0.01},  # fails: the rate suits layers of 500
+}
+CONFIGS |= {f"recurrent-choose-lr{lr}": {**RECURRENT, "passes": 3, "lr": lr} for lr in (0.001, 0.003)}
 
 
 def make_layers(config, seed, engine, device="cpu"):
@@ -217,8 +223,16 @@ def train(config, seed, splits, engine, progress):
 
 
 def tables(folder=PAGE.parent):
-    """The page's table, name -> Markdown."""
-    return {"recurrent": errors_table(folder, lambda config: [config["width"]] * config["layers"])}
+    """The page's tables, name -> Markdown: errors, and what the learning rate was chosen by."""
+    rows = [
+        [own.config["lr"], own.config["passes"], *(f"{error:.2f}" for error in record["errors"].values())]
+        for own in read_runs(folder).values()
+        for record in own.final("validation")
+    ]
+    ways = "all", "skip-first", "softmax", "all-softmax"
+    head = ["learning rate", "passes", *(f"{way} (%)" for way in ways)]
+    errors = errors_table(folder, lambda config: [config["width"]] * config["layers"])
+    return {"recurrent": errors, "learning rates": markdown_table(head, sorted(rows), left=0)}
 
 
 @utils.exit_status

@@ -219,12 +219,16 @@ def test_it_learns(on_strokes):
 
 @pytest.mark.quick
 def test_the_table_has_what_was_measured_and_what_is_published():
-    (text,) = study.tables().values()
-    (row,) = text.splitlines()[2:]
-    run = read_run(study.PAGE.parent / "recurrent-scaled.jsonl")
-    (record,) = [record for record in run.records[1337] if record["split"] == "test"]
-    published = utils.reference("ff")["recurrent"]["test_error"]
-    assert f" {record['misses'] / 100:.2f}% " in row and f" {published}% " in row
+    found, published = study.tables(), utils.reference("ff")["recurrent"]["test_error"]
+    rows = {row.split(" | ")[0].strip("| "): row for row in found["recurrent"].splitlines()[2:]}
+    assert rows.keys() == {"recurrent-scaled", "recurrent-lr0.01"}
+    for name, row in rows.items():
+        run = read_run(study.PAGE.parent / f"{name}.jsonl")
+        (record,) = [record for record in run.records[1337] if record["split"] == "test"]
+        assert f" {record['misses'] / 100:.2f}% " in row and f" {published}% " in row
+    run = read_run(study.PAGE.parent / "recurrent-choose-lr0.003-validation.jsonl")
+    (record,) = run.final("validation")
+    assert f"| 0.003 | 3 | {record['misses'] / 100:.2f} |" in found["learning rates"]
 
 
 @pytest.mark.quick
@@ -232,4 +236,4 @@ def test_the_published_config_is_that_of_the_paper():
     config, scaled = study.CONFIGS["recurrent"], study.CONFIGS["recurrent-scaled"]
     assert (config["width"], config["passes"], config["iterations"], config["keep"]) == (2000, 60, 8, 0.3)
     assert (config["first_read"], config["last_read"]) == (3, 5)
-    assert {key for key in config if config[key] != scaled[key]} == {"width", "passes"}
+    assert {key for key in config if config[key] != scaled[key]} == {"width", "passes", "lr"}
