@@ -63,7 +63,7 @@ OTHERS = {  # preset -> field -> what else it might be
     },
     "permutation-invariant": {},
     "standard": {"skip_threshold": (0.0,)},
-    "hinton": {},
+    "hinton": {"weight_decay": (3e-2,)},
     "hinton-jitter": {},
 }
 
