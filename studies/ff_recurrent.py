@@ -1,7 +1,7 @@
 """Forward-Forward with top-down input (Hinton 2022): an image is shown as a video in which nothing moves.
 
     python -m studies.ff_recurrent                        # the scaled config: four minutes of one core
-    python -m studies.ff_recurrent --configs recurrent    # as published: an hour and a half
+    python -m studies.ff_recurrent --configs recurrent    # the published size and length: an hour and a half
     python -m studies.ff_recurrent --validation           # test on training digits, to choose by
     python -m studies.ff_recurrent --precision fp32       # for processors that have no bfloat16
 
