@@ -56,7 +56,9 @@ CONFIGS = {
     "recurrent-scaled": {**RECURRENT, "width": 500, "passes": 12, "lr": 0.01},
     "recurrent-lr0.01": {**RECURRENT, "lr": 0.01},  # fails: the rate suits layers of 500
 }
-CONFIGS |= {f"recurrent-choose-lr{lr}": {**RECURRENT, "passes": 3, "lr": lr} for lr in (0.001, 0.003)}
+CONFIGS |= {
+    f"recurrent-choose-lr{lr}": {**RECURRENT, "passes": 3, "lr": lr} for lr in (0.001, 0.002, 0.003, 0.005)
+}
 
 
 def make_layers(config, seed, engine, device="cpu"):
