@@ -10,8 +10,9 @@ that a preset is well chosen: by a change that is clearly better.
 `ours` and `hinton` were chosen in this way by hand, and no log of that was kept. So theirs are not the
 records of that search, but those of a search that can be repeated. `short` and `jitter` are quicker versions
 of `ours` and `hinton-jitter`, `decayed` is `jitter` with a stronger weight decay, `narrow` has the layers of
-`hinton` with a quarter of their units, and `weaker-decay` is what `permutation-invariant` was before its
-weight decay was chosen.
+`hinton` with a quarter of their units, `weaker-decay` is what `permutation-invariant` was before its weight
+decay was chosen, `first-standard` is what `standard` was before its numbers were really those of Hinton's
+code, and `wide` is `standard` with the layers and passes of `hinton`.
 """
 
 import sys
@@ -32,6 +33,8 @@ PRESETS = {  # name -> a preset of forward_forward.py, and what is changed in or
     "two-layers": ("hinton-jitter", {"layers": 2}),
     "weaker-decay": ("permutation-invariant", {"weight_decay": 1e-2}),
     "narrow": ("hinton", {"width": 500, "precision": "fp32"}),
+    "first-standard": ("standard", {"lr": 0.01, "weight_decay": 1e-3, "peer": 0.03, "head_from": 1}),
+    "wide": ("standard", {"layers": 4, "width": 2000, "passes": 60}),
 } | {preset: (preset, {}) for preset in ff.PRESETS}
 OTHERS = {  # preset -> field -> what else it might be
     "short": {
@@ -62,8 +65,10 @@ OTHERS = {  # preset -> field -> what else it might be
         "peer": (0.0,),
     },
     "permutation-invariant": {},
-    "standard": {"skip_threshold": (0.0,)},
-    "hinton": {"weight_decay": (3e-2,)},
+    "first-standard": {"head_from": (2,), "skip_threshold": (0.0,)},
+    "standard": {"head_from": (1,), "skip_threshold": (0.0,)},
+    "wide": {"head_from": (1,)},
+    "hinton": {"weight_decay": (3e-2,), "head_from": (2,)},
     "hinton-jitter": {},
 }
 

@@ -46,6 +46,7 @@ CONFIG = ff.Config(
     peer=0.0,
     temperature=1.0,
     dropout=0.0,
+    head_from=1,
     head_lr=0.1,
     head_weight_decay=3e-3,
     precision="fp32",
@@ -783,8 +784,8 @@ CHOSEN = {
     "data": "usps", "validation": 7, "layers": 3, "width": 11, "goodness": "neg-ssq", "threshold": 0.25,
     "label_scale": 2.5, "passes": 7, "jitter": 5, "negatives": "random", "batch_size": 33, "parts": 3,
     "lr": 0.0123, "lr_hold": 0.75, "momentum": 0.5, "weight_decay": 0.02, "skip_threshold": 0.2,
-    "revisit_prob": 0.6, "peer": 0.4, "temperature": 3.0, "dropout": 0.3, "head_lr": 0.07,
-    "head_weight_decay": 0.005, "precision": "fp32", "read_out": "softmax",
+    "revisit_prob": 0.6, "peer": 0.4, "temperature": 3.0, "dropout": 0.3, "head_from": 2,
+    "head_lr": 0.07, "head_weight_decay": 0.005, "precision": "fp32", "read_out": "softmax",
 }  # fmt: skip
 
 
@@ -852,7 +853,13 @@ COMMITTED = {
     "mnist-hinton": {"preset": "hinton"},
     "mnist-hinton-jitter": {"preset": "hinton-jitter"},
     "mnist-hinton-jitter-layers2": {"preset": "hinton-jitter", "layers": 2},
-    "mnist-standard": {"preset": "standard"},
+    "mnist-standard-lr0.01-weight-decay0.001-peer0.03-head-from1": {
+        "preset": "standard",
+        "lr": 0.01,
+        "weight_decay": 1e-3,
+        "peer": 0.03,
+        "head_from": 1,
+    },
 }
 
 
