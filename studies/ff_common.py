@@ -17,7 +17,10 @@ from records import run as runs
 from records.tables import markdown_table, mean_sd, read_runs
 from studies import common
 
-USUAL = {  # as in Hinton's Matlab code, but for what is skipped; `parts` and `precision` decide the rounding
+# As in Hinton's Matlab code, but for what is skipped. Its derivative of the squares lacks the factor of 2, so
+# that there the same weight decay and peer normalisation count twice as much. `parts` and `precision` decide
+# the rounding.
+USUAL = {
     "data": "mnist",
     "goodness": "ssq",
     "batch_size": 100,

@@ -223,10 +223,12 @@ def assert_gradients(network, given):
 
 @quick
 @pytest.mark.parametrize("negatives", ["random", "hard"])
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("layers, head_from", [(1, 1), (3, 1), (3, 2)])
 @pytest.mark.parametrize("goodness", ff.GOODNESS)
-def test_gradients_are_those_of_the_plain_step(engine, goodness, layers, negatives):
-    config = CONFIG._replace(goodness=goodness, layers=layers, negatives=negatives, peer=0.3)
+def test_gradients_are_those_of_the_plain_step(engine, goodness, layers, head_from, negatives):
+    config = CONFIG._replace(
+        goodness=goodness, layers=layers, head_from=head_from, negatives=negatives, peer=0.3
+    )
     for seed in range(3):
         assert_gradients(network_of(config, engine, seed=seed), examples(seed=seed))
 
@@ -681,7 +683,7 @@ def brute_force(network, image):
             h = np.array([max(0, x @ column + bias) for column, bias in zip(weights.T, biases)])
             logits.append(sum(h * h) - config.threshold * len(h))
             passed_on += [x := h / np.sqrt(sum(h * h) / len(h))]
-        return logits, np.concatenate(passed_on) @ head
+        return logits, np.concatenate(passed_on[config.head_from - 1 :]) @ head
 
     def goodness(image, first=0):
         return np.array([sum(look(image, np.eye(10)[label])[0][first:]) for label in range(10)])
@@ -701,9 +703,9 @@ def brute_force(network, image):
 
 
 @quick
-@pytest.mark.parametrize("layers", [1, 3])
-def test_read_outs_are_what_they_say(layers):
-    network = doubled(network_of(CONFIG._replace(layers=layers)))
+@pytest.mark.parametrize("layers, head_from", [(1, 1), (3, 1), (3, 3)])
+def test_read_outs_are_what_they_say(layers, head_from):
+    network = doubled(network_of(CONFIG._replace(layers=layers, head_from=head_from)))
     images = examples(6)[0].double()
     found = ff.read_outs(network, images, SHAPE)
     for number, image in enumerate(images.numpy()):
@@ -1058,7 +1060,7 @@ def test_without_a_compiler(tmp_path, monkeypatch, capsys):
     "--negatives none, --engine cuda, --width -3, --width 0, --layers 0, --passes 0, --passes 1.5, --lr 0, "
     "--jitter -1, --batch-size 0, --parts 0, --threshold nan, --threshold 1e300, --label-scale 0, --lr inf, "
     "--lr 1e300, --lr-hold 1.1, --momentum 1, --weight-decay 1, --skip-threshold 1, --revisit-prob 2, "
-    "--peer -0.1, --peer 1e300, --head-lr -1, --head-lr 1e300, --validation -1, --threads 0".split(", "),
+    "--peer -0.1, --peer 1e300, --head-from 0, --head-lr -1, --head-lr 1e300, --validation -1, --threads 0".split(", "),
 )
 def test_unknown_values(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -1072,6 +1074,14 @@ def test_a_validation_set_as_large_as_the_data(validation, tmp_path, capsys):
     out = tmp_path / "run"
     assert ff.main([*NO_FIGURES, "--validation", str(validation), "--out", str(out)]) == 2
     one_sentence(capsys.readouterr().err, f"--validation {validation}", "7291")
+    assert not out.exists()
+
+
+@quick
+def test_a_softmax_that_would_read_no_layer(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert ff.main([*NO_FIGURES, "--layers", "3", "--head-from", "4", "--out", str(out)]) == 2
+    one_sentence(capsys.readouterr().err, "--head-from 4", "3 layers")
     assert not out.exists()
 
 
