@@ -1060,7 +1060,8 @@ def test_without_a_compiler(tmp_path, monkeypatch, capsys):
     "--negatives none, --engine cuda, --width -3, --width 0, --layers 0, --passes 0, --passes 1.5, --lr 0, "
     "--jitter -1, --batch-size 0, --parts 0, --threshold nan, --threshold 1e300, --label-scale 0, --lr inf, "
     "--lr 1e300, --lr-hold 1.1, --momentum 1, --weight-decay 1, --skip-threshold 1, --revisit-prob 2, "
-    "--peer -0.1, --peer 1e300, --head-from 0, --head-lr -1, --head-lr 1e300, --validation -1, --threads 0".split(", "),
+    "--peer -0.1, --peer 1e300, --head-from 0, --head-lr -1, --head-lr 1e300, --validation -1, "
+    "--threads 0".split(", "),
 )
 def test_unknown_values(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
