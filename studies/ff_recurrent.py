@@ -233,16 +233,16 @@ def train(config, seed, splits, engine, progress):
 
 
 def tables(folder=PAGE.parent):
-    """The page's tables, name -> Markdown: errors, and what the learning rate was chosen by."""
-    rows = [
-        [own.config["lr"], own.config["passes"], *(f"{error:.2f}" for error in record["errors"].values())]
+    """The page's tables, name -> Markdown: errors, and what the numbers of the config were chosen by."""
+    fields, ways = ("width", "passes", "lr", "weight_decay"), ("all", "skip-first", "softmax", "all-softmax")
+    rows = sorted(
+        [*(own.config[field] for field in fields), *(f"{record['errors'][way]:.2f}" for way in ways)]
         for own in read_runs(folder).values()
         for record in own.final("validation")
-    ]
-    ways = "all", "skip-first", "softmax", "all-softmax"
-    head = ["learning rate", "passes", *(f"{way} (%)" for way in ways)]
+    )
+    head = ["width", "passes", "learning rate", "weight decay", *(f"{way} (%)" for way in ways)]
     errors = errors_table(folder, lambda config: [config["width"]] * config["layers"])
-    return {"recurrent": errors, "learning rates": markdown_table(head, sorted(rows), left=0)}
+    return {"recurrent": errors, "validation": markdown_table(head, rows, left=0)}
 
 
 @utils.exit_status

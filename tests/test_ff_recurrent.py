@@ -217,6 +217,15 @@ def test_it_learns(on_strokes):
     assert records[-1]["misses"] < 260  # of 400; it is 210, and chance gives 360
 
 
+@pytest.mark.parametrize("way", ["all", "skip-first"])
+def test_the_read_out_of_the_config_gives_the_answer(on_strokes, way):
+    splits, _ = common.load_whole_mnist()
+    splits = {split: (ff.unit_rms(x[:200]), y[:200]) for split, (x, y) in splits.items()}
+    *_, record = study.train({**CONFIG, "passes": 2, "read_out": way}, 0, splits, ENGINE, nothing)
+    assert record["error"] == record["errors"][way]
+    assert record["errors"]["all"] != record["errors"]["skip-first"]  # what is compared has to differ
+
+
 @pytest.mark.quick
 def test_the_table_has_what_was_measured_and_what_is_published():
     found, published = study.tables(), utils.reference("ff")["recurrent"]["test_error"]
@@ -228,7 +237,7 @@ def test_the_table_has_what_was_measured_and_what_is_published():
         assert f" {record['misses'] / 100:.2f}% " in row and f" {published}% " in row
     run = read_run(study.PAGE.parent / "recurrent-choose-lr0.003-validation.jsonl")
     (record,) = run.final("validation")
-    assert f"| 0.003 | 3 | {record['misses'] / 100:.2f} |" in found["learning rates"]
+    assert f"| 2000 | 3 | 0.003 | 0.001 | {record['misses'] / 100:.2f} |" in found["validation"]
 
 
 @pytest.mark.quick
