@@ -12,7 +12,7 @@ records of that search, but those of a search that can be repeated. `short` and 
 of `ours` and `hinton-jitter`, `decayed` is `jitter` with a stronger weight decay, `narrow` has the layers of
 `hinton` with a quarter of their units, `weaker-decay` is what `permutation-invariant` was before its weight
 decay was chosen, `first-standard` is what `standard` was before its numbers were really those of Hinton's
-code, and `both` is `hinton` with two changes. `wide` and `deep` are `standard` and `permutation-invariant`
+code, and `slow` is `hinton` with two changes. `wide` and `deep` are `standard` and `permutation-invariant`
 with the layers and passes of `hinton`.
 """
 
@@ -36,7 +36,7 @@ PRESETS = {  # name -> a preset of forward_forward.py, and what is changed in or
     "narrow": ("hinton", {"width": 500, "precision": "fp32"}),
     "first-standard": ("standard", {"lr": 0.01, "weight_decay": 1e-3, "peer": 0.03, "head_from": 1}),
     "wide": ("standard", {"layers": 4, "width": 2000, "passes": 60}),
-    "both": ("hinton", {"weight_decay": 3e-2, "lr": 0.015}),
+    "slow": ("hinton", {"weight_decay": 3e-2, "lr": 0.003}),
     "deep": ("permutation-invariant", {"layers": 4, "width": 2000, "passes": 60}),
 } | {preset: (preset, {}) for preset in ff.PRESETS}
 OTHERS = {  # preset -> field -> what else it might be
@@ -71,7 +71,7 @@ OTHERS = {  # preset -> field -> what else it might be
     "first-standard": {"head_from": (2,), "skip_threshold": (0.0,)},
     "standard": {"head_from": (1,), "skip_threshold": (0.0,)},
     "wide": {"head_from": (1,)},
-    "both": {},
+    "slow": {},
     "deep": {},
     "hinton": {"weight_decay": (3e-2,), "head_from": (2,)},
     "hinton-jitter": {},
