@@ -611,6 +611,16 @@ def test_every_claim_has_its_run():
             assert runs_of(key, int(number or 0)), f"{claim}: no committed run is of the config of {name}"
 
 
+def test_a_claim_takes_as_long_as_one_seed_of_all_its_runs():
+    def fastest(name):
+        sessions = json.loads((ROOT / "results" / f"{name}.run.json").read_text())["sessions"]
+        return min(each for session in sessions for each in session["seconds"].values())
+
+    (row,) = [row for row in (ROOT / "README.md").read_text().splitlines() if "unsupervised / local" in row]
+    total = sum(fastest(f"ff_unsupervised/{name}") for name in ("unsupervised", "local"))
+    assert f" {total / 60:.0f} min " in row
+
+
 def test_committed_runs_are_of_the_configs_that_they_are_named_after():
     """A study's file is named after its config; a main script has a preset, or a row, of this config."""
     for run in committed()[0]:
