@@ -386,6 +386,8 @@ PRESETS = {
         "peer": 0.06,
         "head_from": 2,
         "label_scale": 3.0,
+        "skip_threshold": 0.0,
+        "revisit_prob": 1.0,
     },
 }
 # What another goodness needs in order to learn as well in 8 passes (by `--validation 10000`). The logit of a

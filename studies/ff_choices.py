@@ -12,8 +12,8 @@ records of that search, but those of a search that can be repeated. `short` and 
 of `ours` and `hinton-jitter`, `decayed` is `jitter` with a stronger weight decay, `narrow` has the layers of
 `hinton` with a quarter of their units, `weaker-decay` is what `permutation-invariant` was before its weight
 decay was chosen, `first-standard` is what `standard` was before its numbers were really those of Hinton's
-code, and `slow` is `hinton` with two changes. `wide` and `deep` are `standard` and `permutation-invariant`
-with the layers and passes of `hinton`.
+code, and `skipping` is what it is but for the images that are skipped. `wide` and `deep` are `skipping` and
+`permutation-invariant` with the layers and passes of `hinton`.
 """
 
 import sys
@@ -27,6 +27,8 @@ from studies import common
 
 PAGE = utils.ROOT / "results" / "ff_choices" / "README.md"
 VALIDATION = 10_000
+SKIPPING = {"skip_threshold": 1e-3, "revisit_prob": 0.25}
+FIRST = {"lr": 0.01, "weight_decay": 1e-3, "peer": 0.03, "head_from": 1}
 PRESETS = {  # name -> a preset of forward_forward.py, and what is changed in order to try
     "short": ("ours", {"passes": 8}),
     "jitter": ("hinton-jitter", {"layers": 2, "passes": 150}),
@@ -34,9 +36,9 @@ PRESETS = {  # name -> a preset of forward_forward.py, and what is changed in or
     "two-layers": ("hinton-jitter", {"layers": 2}),
     "weaker-decay": ("permutation-invariant", {"weight_decay": 1e-2}),
     "narrow": ("hinton", {"width": 500, "precision": "fp32"}),
-    "first-standard": ("standard", {"lr": 0.01, "weight_decay": 1e-3, "peer": 0.03, "head_from": 1}),
-    "wide": ("standard", {"layers": 4, "width": 2000, "passes": 60}),
-    "slow": ("hinton", {"weight_decay": 3e-2, "lr": 0.003}),
+    "skipping": ("standard", SKIPPING),
+    "first-standard": ("standard", SKIPPING | FIRST),
+    "wide": ("standard", SKIPPING | {"layers": 4, "width": 2000, "passes": 60}),
     "deep": ("permutation-invariant", {"layers": 4, "width": 2000, "passes": 60}),
 } | {preset: (preset, {}) for preset in ff.PRESETS}
 OTHERS = {  # preset -> field -> what else it might be
@@ -69,11 +71,11 @@ OTHERS = {  # preset -> field -> what else it might be
     },
     "permutation-invariant": {},
     "first-standard": {"head_from": (2,), "skip_threshold": (0.0,)},
-    "standard": {"head_from": (1,), "skip_threshold": (0.0,)},
-    "wide": {"head_from": (1,)},
-    "slow": {},
+    "skipping": {"head_from": (1,)},
+    "standard": {},
+    "wide": {},
     "deep": {},
-    "hinton": {"weight_decay": (3e-2,), "head_from": (2,)},
+    "hinton": {"weight_decay": (3e-2, 0.1)},
     "hinton-jitter": {},
 }
 

@@ -22,6 +22,7 @@ from records import figures
 from records import run as runs
 from records.tables import mean_sd
 from records.weights import load_weights, save_weights, weights_path
+from studies import ff_choices
 
 # Every number, so that no test depends on what is thought best.
 CONFIG = ff.Config(
@@ -855,13 +856,7 @@ COMMITTED = {
     "mnist-hinton": {"preset": "hinton"},
     "mnist-hinton-jitter": {"preset": "hinton-jitter"},
     "mnist-hinton-jitter-layers2": {"preset": "hinton-jitter", "layers": 2},
-    "mnist-standard-lr0.01-weight-decay0.001-peer0.03-head-from1": {
-        "preset": "standard",
-        "lr": 0.01,
-        "weight_decay": 1e-3,
-        "peer": 0.03,
-        "head_from": 1,
-    },
+    "mnist-standard-first": {"preset": "standard"} | ff_choices.SKIPPING | ff_choices.FIRST,
 }
 
 
