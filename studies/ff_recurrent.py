@@ -50,16 +50,19 @@ RECURRENT = {
     "keep": 0.3,  # the part of a layer's state that stays from one iteration to the next
     "passes": 60,
     "lr": 0.003,  # chosen by recurrent-choose-lr*
-    "read_out": "all",
+    "weight_decay": 1e-2,  # chosen by recurrent-choose-weight-decay*
+    "read_out": "skip-first",  # chosen by recurrent-choose-lr*
 }
-NARROW = {**RECURRENT, "width": 500, "lr": 0.01}
+BEFORE = {**RECURRENT, "weight_decay": 1e-3, "read_out": "all"}  # until these two were chosen
+NARROW = {**BEFORE, "width": 500, "lr": 0.01}
 CONFIGS = {
     "recurrent": RECURRENT,
     "recurrent-scaled": {**NARROW, "passes": 12},
-    "recurrent-lr0.01": {**RECURRENT, "lr": 0.01},  # fails: the rate suits layers of 500
+    "recurrent-weight-decay0.001": BEFORE,
+    "recurrent-lr0.01": {**BEFORE, "lr": 0.01},  # fails: the rate suits layers of 500
 }
 CONFIGS |= {
-    f"recurrent-choose-lr{lr}": {**RECURRENT, "passes": 3, "lr": lr} for lr in (0.001, 0.002, 0.003, 0.005)
+    f"recurrent-choose-lr{lr}": {**BEFORE, "passes": 3, "lr": lr} for lr in (0.001, 0.002, 0.003, 0.005)
 }
 CONFIGS |= {
     f"recurrent-choose-weight-decay{decay}": {**NARROW, "passes": 30, "weight_decay": decay}
