@@ -363,7 +363,7 @@ PRESETS = {
         "dropout": 0.2,
         "read_out": "all-softmax",
     },
-    "hinton": {"layers": 4, "width": 2000, "jitter": 0, "parts": 2, "weight_decay": 1e-2},
+    "hinton": {"layers": 4, "width": 2000, "jitter": 0, "parts": 2, "weight_decay": 0.1},
     "hinton-jitter": {
         "layers": 3,
         "width": 1000,
