@@ -3,7 +3,7 @@
     python forward_forward.py                                  # MNIST, images moved by up to a pixel: 1 min
     python forward_forward.py --preset permutation-invariant   # images left as they are: 5 minutes
     python forward_forward.py --preset hinton-jitter           # images moved by up to two: 20 minutes
-    python forward_forward.py --preset hinton                  # his four layers of 2,000 units: 8 minutes
+    python forward_forward.py --preset hinton                  # his four layers of 2,000 units: 12 minutes
     python -m studies.ff_article                               # another protocol, that of Neoflex 2023
     python forward_forward.py --weights results/forward_forward/mnist-seed1337.npz digit.png   # what is it?
 

@@ -853,6 +853,7 @@ def test_the_same_config_and_seed_train_the_same(usual_losses):
 COMMITTED = {
     "mnist": {},
     "mnist-permutation-invariant": {"preset": "permutation-invariant"},
+    "mnist-hinton": {"preset": "hinton"},
     "mnist-hinton-weight-decay0.01": {"preset": "hinton", "weight_decay": 1e-2},
     "mnist-hinton-jitter": {"preset": "hinton-jitter"},
     "mnist-hinton-jitter-layers2": {"preset": "hinton-jitter", "layers": 2},
