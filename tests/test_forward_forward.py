@@ -857,6 +857,7 @@ COMMITTED = {
     "mnist-hinton-weight-decay0.01": {"preset": "hinton", "weight_decay": 1e-2},
     "mnist-hinton-jitter": {"preset": "hinton-jitter"},
     "mnist-hinton-jitter-layers2": {"preset": "hinton-jitter", "layers": 2},
+    "mnist-standard": {"preset": "standard"},
     "mnist-standard-first": {"preset": "standard"} | ff_choices.SKIPPING | ff_choices.FIRST,
 }
 
