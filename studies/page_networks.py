@@ -30,8 +30,9 @@ DIGITS = {"digits": "mnist, normalised, and usps twice", "hands": HANDS, "held_b
 OLD = repro.make_config("recovered", "usps")
 NEW = modern.make_config(4, "usps", passes=12) | DIGITS
 FF = ff.make_config(width=100, passes=20, precision="fp32")
-# The network was trained before there were these two fields, which change nothing with the usual values.
-FORWARD = {field: value for field, value in FF._asdict().items() if field not in ("temperature", "dropout")}
+# The network was trained before there were these fields, which change nothing with the usual values.
+LATER = ("temperature", "dropout", "head_from")
+FORWARD = {field: value for field, value in FF._asdict().items() if field not in LATER}
 FORWARD |= DIGITS
 
 
