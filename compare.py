@@ -612,12 +612,12 @@ def claims_table(readings):
         held = [(found[name].row, found[name].runs[0]) for name in names if found[name].runs]
         every = [each for row, run in held for each in compare(row, run)]
         main = [cells(row, headline(compare(row, run))) for row, run in held]
-        fastest = {run.path: min(run.seconds(), default=0) for _, run in held}
+        fastest = {run.path: min(run.seconds()) for _, run in held if run.seconds()}
         quantity, published, ours, _, _, n, _ = zip(*main) if main else "-------"
         unit = {"test misses": " misses", "test accuracy": " right"}.get(quantity[0], "")
         rows.append((
             claim, " / ".join(published) + unit, " / ".join(ours), " / ".join(dict.fromkeys(n)),
-            reproduced(every), f"`python {command}`", duration(sum(fastest.values())) if held else "-",
+            reproduced(every), f"`python {command}`", duration(sum(fastest.values())) if fastest else "-",
             f"[{page}](results/{page}/README.md)",
         ))  # fmt: skip
     return tables.markdown_table(head, rows, left=len(head))

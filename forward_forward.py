@@ -437,7 +437,7 @@ def make_config(preset="ours", data="mnist", **changes):
         config = config._replace(jitter=0)
     config = config._replace(**changes)
     if config.head_from > config.layers:
-        raise utils.BadRequest(f"--head-from {config.head_from}: there are {config.layers} layers")
+        raise utils.BadRequest(f"--head-from {config.head_from} is above --layers {config.layers}")
     if data == "mnist1d" and (config.jitter or config.read_out == "shifted"):
         flag = "--jitter" if config.jitter else "--read-out shifted"
         raise utils.BadRequest(f"{flag} moves images: leave it out with --data mnist1d")

@@ -98,9 +98,14 @@ CONFIGS = make_configs()
 SMOKE = {"data": "strokes", "validation": 100, "width": 20, "passes": 2, "smoke_digits": 300}
 
 
+def network_config(config):
+    """The forward_forward.Config of a run's config, which may say more."""
+    return ff.Config(**{field: config[field] for field in ff.Config._fields})
+
+
 def train(config, seed, splits, shape, engine_name, progress):
     """The records of a seed; of the splits, none is the test split."""
-    config = ff.Config(**{field: config[field] for field in ff.Config._fields})
+    config = network_config(config)
     engine, _ = ff.pick_engine(engine_name, "cpu", config.precision)
     return ff.train(config, seed, splits, shape, engine, progress=progress)[0]
 
@@ -117,12 +122,23 @@ def tables(folder=PAGE.parent):
         for name in names:
             last = [record["errors"] for record in runs[name].final("validation")] if name in runs else []
             errors = [mean_sd([own[way] for own in last]) if last else "no record" for way in ff.READ_OUTS]
-            rows.append([describe(CONFIGS[name], CONFIGS[preset]), *errors])
-        found[preset] = markdown_table(["change", *(f"{way} (%)" for way in ff.READ_OUTS)], rows)
+            decay = f"{total_decay(runs[name]):.2f}" if last else "no record"
+            rows.append([describe(CONFIGS[name], CONFIGS[preset]), *errors, decay])
+        found[preset] = markdown_table(["change", *(f"{way} (%)" for way in ff.READ_OUTS), "decay"], rows)
         answer = CONFIGS[preset]["read_out"]
         counts.append([preset, answer, CONFIGS[preset]["passes"], f"{len(done)} of {len(names)}"])
     head = ["preset", "its answer", "passes", "on record"]
     return {"records": markdown_table(head, counts, left=2)} | found
+
+
+def total_decay(run):
+    """The sum of learning rate times weight decay over all steps of the first seed of a run."""
+    config, (records, *_), total = network_config(run.config), run.records.values(), 0.0
+    shown = [record["shown"] for record in records if record["split"] == "running"]
+    for number, n in enumerate(shown):
+        for first in range(0, n, config.batch_size):
+            total += ff.lr_schedule((number + first / n) / config.passes, config.lr_hold)
+    return total * config.lr * config.weight_decay
 
 
 def describe(config, usual):

@@ -1,5 +1,7 @@
 """The alternatives of each Forward-Forward preset: what differs, what is trained, and what the page tells."""
 
+from types import SimpleNamespace
+
 import pytest
 from conftest import one_sentence
 
@@ -82,9 +84,31 @@ def test_tables_tell_what_has_a_record_and_what_has_none(finished):
         for row in text.splitlines()[2:]:
             first, *cells = [cell.strip() for cell in row.strip("|").split("|")]
             known = (preset, first) in {("short", "as it is"), ("ours", "`temperature` 4.0, not 1.0")}
-            assert (cells == ["no record"] * 5) != known
+            assert (cells == ["no record"] * 6) != known
     errors = read_run(finished / "short.jsonl").final("validation")[0]["errors"]
     assert f"| as it is | {' | '.join(f'{errors[way]:.2f}' for way in ff.READ_OUTS)} |" in tables["short"]
+
+
+def test_the_decay_in_sum_is_that_of_the_steps(monkeypatch):
+    """Of a layer, by what every one of its steps was told; images are skipped, so that passes differ."""
+    told, update = [], ff.TorchOps.update
+
+    def listening(engine, weights, *given):
+        *_, lr, weight_decay = given
+        told.append(lr * weight_decay)
+        update(engine, weights, *given)
+
+    monkeypatch.setattr(ff.TorchOps, "update", listening)
+    config = (
+        study.CONFIGS["short"]
+        | study.SMOKE
+        | {"layers": 1, "passes": 4, "batch_size": 70, "skip_threshold": 0.3}
+    )
+    splits, shape, _ = ff.load("strokes", validation=100)
+    splits = {split: (x[:300], y[:300]) for split, (x, y) in splits.items()}
+    records = study.train(config, 0, splits, shape, "torch", None)
+    assert records[2]["shown"] < 300 and len(told) < 4 * 5
+    assert study.total_decay(SimpleNamespace(config=config, records={0: records})) == pytest.approx(sum(told))
 
 
 @quick

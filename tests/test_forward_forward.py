@@ -1079,7 +1079,7 @@ def test_a_validation_set_as_large_as_the_data(validation, tmp_path, capsys):
 def test_a_softmax_that_would_read_no_layer(tmp_path, capsys):
     out = tmp_path / "run"
     assert ff.main([*NO_FIGURES, "--layers", "3", "--head-from", "4", "--out", str(out)]) == 2
-    one_sentence(capsys.readouterr().err, "--head-from 4", "3 layers")
+    one_sentence(capsys.readouterr().err, "--head-from 4", "--layers 3")
     assert not out.exists()
 
 
