@@ -12,8 +12,8 @@ search, but those of a search that can be repeated. Other rows are of a preset w
 `jitter` are quicker versions of `ours` and `hinton-jitter`, and `decayed` is `jitter` with a stronger weight
 decay. `weaker-decay`, `first-hinton` and `first-standard` are what `permutation-invariant`, `hinton` and
 `standard` were before. `narrow` has the layers of `first-hinton` with a quarter of their units, `skipping` is
-`standard` with images that are skipped, and `wide` and `deep` are `skipping` and `permutation-invariant` with
-the layers and passes of `hinton`.
+`standard` with images that are skipped, and `unskipped`, `wide` and `deep` are `standard`, `skipping` and
+`permutation-invariant` with the layers and passes of `hinton`.
 """
 
 import sys
@@ -28,6 +28,7 @@ from studies import common
 PAGE = utils.ROOT / "results" / "ff_choices" / "README.md"
 VALIDATION = 10_000
 SKIPPING = {"skip_threshold": 1e-3, "revisit_prob": 0.25}
+DEEP = {"layers": 4, "width": 2000, "passes": 60}
 FIRST = {"lr": 0.01, "weight_decay": 1e-3, "peer": 0.03, "head_from": 1}
 PRESETS = {  # name -> a preset of forward_forward.py, and what is changed in order to try
     "short": ("ours", {"passes": 8}),
@@ -39,8 +40,9 @@ PRESETS = {  # name -> a preset of forward_forward.py, and what is changed in or
     "narrow": ("hinton", {"weight_decay": 1e-2, "width": 500, "precision": "fp32"}),
     "skipping": ("standard", SKIPPING),
     "first-standard": ("standard", SKIPPING | FIRST),
-    "wide": ("standard", SKIPPING | {"layers": 4, "width": 2000, "passes": 60}),
-    "deep": ("permutation-invariant", {"layers": 4, "width": 2000, "passes": 60}),
+    "wide": ("standard", SKIPPING | DEEP),
+    "unskipped": ("standard", DEEP),
+    "deep": ("permutation-invariant", DEEP),
 } | {preset: (preset, {}) for preset in ff.PRESETS}
 OTHERS = {  # preset -> field -> what else it might be
     "short": {
@@ -75,6 +77,7 @@ OTHERS = {  # preset -> field -> what else it might be
     "skipping": {"head_from": (1,)},
     "standard": {},
     "wide": {},
+    "unskipped": {"weight_decay": (2e-2,)},
     "deep": {},
     "first-hinton": {"weight_decay": (3e-2,)},
     "hinton": {},
