@@ -192,3 +192,14 @@ def errors_table(folder, sizes_of):
         lines.append([*cells, len(errors["test"]), f"{np.median(run.seconds()) / 60:.1f}"])
     head = ("config", "layers", "passes", "published", "test error", "train error", "seeds", "minutes a seed")
     return markdown_table(head, lines, left=2)
+
+
+def validation_table(folder, fields, ways):
+    """Of a folder's runs with `--validation`: fields of the config, and the errors of ways, as Markdown."""
+    rows = sorted(
+        [*(own.config[field] for field in fields), *(f"{record['errors'][way]:.2f}" for way in ways)]
+        for own in read_runs(folder).values()
+        for record in own.final("validation")
+    )
+    words = [{"lr": "learning rate"}.get(field, field.replace("_", " ")) for field in fields]
+    return markdown_table([*words, *(f"{way} (%)" for way in ways)], rows, left=0)

@@ -26,7 +26,6 @@ import torch
 
 import forward_forward as ff
 import utils
-from records.tables import markdown_table, read_runs
 from studies import common
 from studies.ff_common import (
     USUAL,
@@ -36,6 +35,7 @@ from studies.ff_common import (
     read_softmax,
     run,
     train_network,
+    validation_table,
 )
 
 PAGE = utils.ROOT / "results" / "ff_recurrent" / "README.md"
@@ -237,15 +237,9 @@ def train(config, seed, splits, engine, progress):
 
 def tables(folder=PAGE.parent):
     """The page's tables, name -> Markdown: errors, and what the numbers of the config were chosen by."""
-    fields, ways = ("width", "passes", "lr", "weight_decay"), ("all", "skip-first", "softmax", "all-softmax")
-    rows = sorted(
-        [*(own.config[field] for field in fields), *(f"{record['errors'][way]:.2f}" for way in ways)]
-        for own in read_runs(folder).values()
-        for record in own.final("validation")
-    )
-    head = ["width", "passes", "learning rate", "weight decay", *(f"{way} (%)" for way in ways)]
+    fields, ways = ["width", "passes", "lr", "weight_decay"], ["all", "skip-first", "softmax", "all-softmax"]
     errors = errors_table(folder, lambda config: [config["width"]] * config["layers"])
-    return {"recurrent": errors, "validation": markdown_table(head, rows, left=0)}
+    return {"recurrent": errors, "validation": validation_table(folder, fields, ways)}
 
 
 @utils.exit_status

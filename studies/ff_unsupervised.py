@@ -36,6 +36,7 @@ from studies.ff_common import (
     read_softmax,
     run,
     train_network,
+    validation_table,
 )
 
 PAGE = utils.ROOT / "results" / "ff_unsupervised" / "README.md"
@@ -47,6 +48,9 @@ CONFIGS = {
     "unsupervised": DENSE,
     "unsupervised-scaled": {**DENSE, "width": 1000, "passes": 15},
     "local": LOCAL,
+}
+CONFIGS |= {
+    f"unsupervised-choose-weight-decay{decay}": {**DENSE, "weight_decay": decay} for decay in (1e-3, 1e-2)
 }
 USUAL_CONFIGS = ["unsupervised-scaled", "local"]
 
@@ -190,13 +194,14 @@ def plot_hybrids(images, blurs):
 
 
 def tables(folder=PAGE.parent):
-    """The page's table, name -> Markdown."""
+    """The page's tables, name -> Markdown: errors, and what the weight decay was chosen by."""
     local = [len(fields) * units for fields, units in local_fields()]
 
     def sizes(config):
         return local if config["fields"] == "local" else [config["width"]] * config["layers"]
 
-    return {"hybrids": errors_table(folder, sizes)}
+    tried = validation_table(folder, ["width", "passes", "weight_decay"], ["softmax"])
+    return {"hybrids": errors_table(folder, sizes), "validation": tried}
 
 
 @utils.exit_status
