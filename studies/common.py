@@ -48,7 +48,7 @@ def pick_engine(name, load, cost):
     return "c" if utils.compiled(name, "cpu", load, cost) else "torch"
 
 
-def add_configs_flag(parser, default):
+def add_configs_flag(parser, default=("*",)):
     """The flag --configs, of patterns; `chosen` says which configs they are."""
     words = f"which to train; * stands for any letters (default: {' '.join(default)})"
     parser.add_argument("--configs", nargs="+", default=default, metavar="NAME", help=words)

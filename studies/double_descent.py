@@ -359,11 +359,11 @@ def plot(found):
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("double_descent", __doc__, without=("data_root", "engine"))
-    parser.add_argument("--config", choices=CONFIGS, help="train only this config, and write no page")
+    common.add_configs_flag(parser)
     args = common.parse(parser, argv)
+    chosen = common.chosen(args.configs, CONFIGS)
     utils.require_device(args.device)
     torch.set_num_threads(1)
-    chosen = {args.config: CONFIGS[args.config]} if args.config else CONFIGS
     configs = {name: config | SMOKE if args.smoke else config for name, config in chosen.items()}
     first = next(iter(configs.values()))
     data = make_dataset(first["num_samples"], first["train_size"], first["data_seed"])
@@ -378,7 +378,7 @@ def main(argv=None):
         engine="torch",
         device=args.device,
     )
-    if args.config:
+    if len(chosen) < len(CONFIGS):  # the page needs all
         return
     figures.save(plot(read_runs(args.out)), args.out / "double_descent.png")
     common.show(args, PAGE, tables(args.out))

@@ -1,9 +1,9 @@
 """An article's Forward-Forward network, and what its error comes from: a ladder from it to our own.
 
     python -m studies.ff_article                                  # the ladder: 40 minutes of one core
-    python -m studies.ff_article --rungs as-written --seeds 1     # the article: half an hour
-    python -m studies.ff_article --rungs as-written-batch-size10000 --seeds 1    # an hour
-    python -m studies.ff_article --rungs 4x2000 --seeds 1         # at Hinton's network: half a day, never run
+    python -m studies.ff_article --configs as-written --seeds 1                    # the article: half an hour
+    python -m studies.ff_article --configs as-written-batch-size10000 --seeds 1    # an hour
+    python -m studies.ff_article --configs 4x2000 --seeds 1    # Hinton's layers: half a day, never run
 
 The article (Neoflex 2023, full-batch; `article` in reference/ff.toml) trains two layers of 512 units on MNIST
 and publishes an error of 2.04% on the training set and 4.74% on the test set. A layer divides its input by
@@ -324,11 +324,11 @@ def plot(folder):
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("ff_article", __doc__, seed=1234, seeds=3)
-    words = f"what to train, of {', '.join(CONFIGS)} (default: from short on)"
-    parser.add_argument("--rungs", nargs="+", choices=CONFIGS, default=[*RUNGS], metavar="RUNG", help=words)
+    common.add_configs_flag(parser, [*RUNGS])
     words = "of matrix products; fp32 is for processors without bf16, and for another --out (default: bf16)"
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"), help=words)
     args = common.parse(parser, argv)
+    chosen = common.chosen(args.configs, CONFIGS)
     changes = {"precision": args.precision} | (SMOKE if args.smoke else {})
     engine, engine_name = ff.pick_engine(args.engine, args.device, changes["precision"])
     torch.set_num_threads(1)
@@ -336,7 +336,7 @@ def main(argv=None):
     shown = slice(changes.get("smoke_digits"))
     splits = {split: tuple(own[shown].to(args.device) for own in pair) for split, pair in splits.items()}
     common.run_configs(
-        args, "ff_article", {rung: CONFIGS[rung] | changes for rung in args.rungs},
+        args, "ff_article", {name: config | changes for name, config in chosen.items()},
         lambda config, seed, progress: train(config, seed, splits, engine, progress), sha256,
         lambda config: config["passes"] * config["layers"] * len(splits["train"][1]),
         engine=f"torch, and {engine_name} from momentum on", device=args.device,

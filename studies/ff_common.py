@@ -142,13 +142,13 @@ def run(study, doc, configs, usual, train, argv, prepare):
     `configs` are all, by name, and `usual` the names of those that are trained unless others are asked for.
     """
     parser = common.study_flags(study, doc, seed=1337, seeds=1)
-    words = f"which to train, of {', '.join(configs)} (default: {' '.join(usual)})"
-    parser.add_argument("--configs", nargs="+", choices=configs, default=usual, metavar="NAME", help=words)
+    common.add_configs_flag(parser, usual)
     words = "of matrix products (default: bf16, which is slow on a processor that does not have it)"
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help=words)
     words = "test on the last 10,000 training digits, which are not trained on, not on the test digits"
     parser.add_argument("--validation", action="store_true", help=words)
     args = common.parse(parser, argv)
+    chosen = common.chosen(args.configs, configs)
     torch.set_num_threads(1)  # each thread trains a network by itself
     engine, engine_name = ff.pick_engine(args.engine, args.device, args.precision)
     splits, sha256 = common.load_whole_mnist(args.data_root)
@@ -167,7 +167,7 @@ def run(study, doc, configs, usual, train, argv, prepare):
         for split, (x, y) in splits.items()
     }
     found = common.run_configs(
-        args, study, {name + suffix: {**configs[name], **changes} for name in args.configs},
+        args, study, {name + suffix: {**config, **changes} for name, config in chosen.items()},
         lambda config, seed, progress: train(config, seed, splits, engine, progress), sha256,
         work=lambda config: config["passes"] * len(splits["train"][1]),
         engine=engine_name, device=args.device,

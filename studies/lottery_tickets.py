@@ -249,13 +249,12 @@ def tables(folder):
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("lottery_tickets", __doc__, seeds=10, without=("data_root", "device"))
-    parser.add_argument("--config", choices=CONFIGS, help="train only this config, and write no page")
+    common.add_configs_flag(parser)
     args = common.parse(parser, argv)
+    chosen = common.chosen(args.configs, CONFIGS)
     torch.set_num_threads(1)
     engine = common.pick_engine(args.engine, sparse_mlp.load, "about ten times as long")
-    for name, config in CONFIGS.items():
-        if args.config not in (None, name):
-            continue
+    for name, config in chosen.items():
         smoke = SMOKE | ({"transfer_steps": 2} if "transfer_steps" in config else {})
         smoke |= {"prune_after": min(config["prune_after"], 1)} if config["prune_after"] else {}
         seeds = min(args.seeds, FEWER_SEEDS.get(name, args.seeds))
@@ -268,7 +267,7 @@ def main(argv=None):
             work=work,
             engine=engine,
         )
-    if not args.config:
+    if len(chosen) == len(CONFIGS):  # the page needs all
         found = read_runs(args.out)
         figures.save(lottery_page.draw(found), args.out / "lottery_tickets.png")
         figures.save(lottery_page.draw_masks(found), args.out / "masks.png")

@@ -206,15 +206,14 @@ def tables(folder):
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("myth2_name_that_dataset", __doc__, without=("device",))
-    parser.add_argument("--part", choices=MEASURE, help="train only this part, and write no page")
+    common.add_configs_flag(parser)
     args = common.parse(parser, argv)
+    chosen = common.chosen(args.configs, CONFIGS)
     torch.set_num_threads(1)
     facts = modern.engine_facts(modern.pick_engine(args.engine, "cpu", modern.make_config()), "cpu")
     sets, digest = digit_sets.load_sets(args.data_root, args.smoke)
-    for name, config in CONFIGS.items():
+    for name, config in chosen.items():
         part = name.split("-")[0]
-        if args.part not in (None, part):
-            continue
         common.run_configs(
             args,
             "myth2_name_that_dataset",
@@ -223,7 +222,7 @@ def main(argv=None):
             digest,
             **facts,
         )
-    if not args.part:
+    if len(chosen) == len(CONFIGS):  # the page needs all
         figures.save(myth2_page.plot(read_runs(args.out)), args.out / "myth2_name_that_dataset.png")
         figures.save(myth2_page.show_digits(sets), args.out / "digits.png")
         common.show(args, PAGE, tables(args.out))

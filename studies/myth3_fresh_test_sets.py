@@ -221,13 +221,12 @@ def tables(folder):
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("myth3_fresh_test_sets", __doc__, without=("device",))
-    parser.add_argument("--part", choices=PARTS, help="train only this part, and write no page")
+    common.add_configs_flag(parser)
     args = common.parse(parser, argv)
+    chosen = common.chosen(args.configs, CONFIGS)
     torch.set_num_threads(1)
-    for name, config in CONFIGS.items():
+    for name, config in chosen.items():
         part = name.split("-")[0]
-        if args.part not in (None, part):
-            continue
         load, measure, first_seed = PARTS[part]
         config = config | (SMOKE[part] if args.smoke else {})
         data, digest = load(config, args.data_root)
@@ -243,7 +242,7 @@ def main(argv=None):
             together=part == "mnist1d",
             **facts,
         )
-    if not args.part:
+    if len(chosen) == len(CONFIGS):  # the page needs all
         figures.save(myth3_page.plot(read_runs(args.out)), args.out / "myth3_fresh_test_sets.png")
         common.show(args, PAGE, tables(args.out))
 

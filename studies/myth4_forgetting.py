@@ -249,13 +249,14 @@ def train_config(args, name, engine):
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("myth4_forgetting", __doc__, seed=1, without=("device",))
-    parser.add_argument("--config", choices=CONFIGS, help="train only this config, and write no page")
+    common.add_configs_flag(parser)
     args = common.parse(parser, argv)
+    chosen = common.chosen(args.configs, CONFIGS)
     torch.set_num_threads(1)
     engine = common.pick_engine(args.engine, convnet_sgd.load, "about eight times as long")
-    for name in [args.config] if args.config else CONFIGS:
+    for name in chosen:
         train_config(args, name, engine)
-    if not args.config:
+    if len(chosen) == len(CONFIGS):  # the page needs all
         found = read_runs(args.out)
         figures.save(forgetting_page.plot(found), args.out / "forgetting.png")
         data = forgetting_page.load((SMOKE if args.smoke else {}) | {"data": "mnist28"}, args.data_root)

@@ -64,3 +64,17 @@ def test_a_study_refuses_what_it_does_not_use_before_it_writes(name, tmp_path, m
     if "device" not in unused:
         refused("device", "cuda")
     assert not (tmp_path / "out").exists()
+
+
+CHOOSING = [name for name in STUDIES if "add_configs_flag(" in SOURCES[name] or FLAGGED[1] in SOURCES[name]]
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_a_pattern_that_names_no_config_gets_one_sentence_before_anything_is_loaded(
+    name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("DROSOPHILA_DATA", str(tmp_path))  # which holds nothing
+    study = importlib.import_module(f"studies.{name}")
+    assert study.main(["--configs", "*", "why*", "--out", str(tmp_path / "out")]) == 2
+    one_sentence(capsys.readouterr().err, "--configs why*", *list(study.CONFIGS)[-1:])
+    assert not (tmp_path / "out").exists()

@@ -364,7 +364,7 @@ def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys):
 
 @pytest.mark.quick
 def test_one_config_alone_writes_no_page(tmp_path, capsys):
-    flags = ["--smoke", "--config", "mlp-noisy-9", "--seed", "5", "--quiet", "--out", str(tmp_path / "out")]
+    flags = ["--smoke", "--configs", "mlp-noisy-9", "--seed", "5", "--quiet", "--out", str(tmp_path / "out")]
     assert double_descent.main(flags) == 0 and capsys.readouterr().out == ""
     written = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
     assert written == {"mlp-noisy-9.jsonl", "mlp-noisy-9.run.json"}

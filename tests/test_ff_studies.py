@@ -451,11 +451,10 @@ def test_a_damaged_run_is_named(smoke, tmp_path, capsys):
 @pytest.mark.parametrize(
     "study, flags, words",
     [
-        (ff_sweep, ["--configs", "why"], "threshold-0.1"),
         (ff_sleep, ["--engine", "c"], "--engine"),
         (ff_time, ["--device", "cuda"], "--device"),
     ],
-    ids=["configs", "engine", "device"],
+    ids=["engine", "device"],
 )
 def test_flags_that_cannot_be_meant(study, flags, words, tmp_path, capsys):
     assert study.main([*flags, "--out", str(tmp_path / "out")]) == 2

@@ -326,7 +326,7 @@ def test_a_trial_does_not_depend_on_the_others(tmp_path):
     records = {}
     for name, flags in {"both": "--seeds 2 --threads 2", "one": "--seed 1 --seeds 1"}.items():
         out = tmp_path / name
-        flags = f"--smoke --quiet --config random --out {out} {flags}"
+        flags = f"--smoke --quiet --configs random --out {out} {flags}"
         assert study.main(flags.split()) == 0
         records[name] = (out / "random.jsonl").read_text().splitlines()[1:]
     half = len(records["both"]) // 2

@@ -449,7 +449,7 @@ def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys, monkeypatch):
         "most_forgotten.png",
     }
     shown, found = capsys.readouterr().out, {path: path.read_bytes() for path in out.glob("*.json*")}
-    again = [*flags, "--again", "--engine", "torch", "--config", "mnist"]
+    again = [*flags, "--again", "--engine", "torch", "--configs", "mnist"]
     assert myth4_forgetting.main(again) == 0  # PyTorch counts as C does
     counts = {}
     for name, content in found.items():
@@ -467,11 +467,11 @@ def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys, monkeypatch):
         return usual(data, data_root)
 
     monkeypatch.setattr(forgetting_page, "read", read)
-    assert myth4_forgetting.main([*flags, "--config", "mnist"]) == 0 and capsys.readouterr().err == ""
+    assert myth4_forgetting.main([*flags, "--configs", "mnist"]) == 0 and capsys.readouterr().err == ""
     assert {path: path.read_bytes() for path in found if path.suffix == ".jsonl"} == {
         path: content for path, content in found.items() if path.suffix == ".jsonl"
     }
-    assert myth4_forgetting.main([*flags, "--config", "cifar10"]) == 0
+    assert myth4_forgetting.main([*flags, "--configs", "cifar10"]) == 0
     one_sentence(capsys.readouterr().err, "cifar10 is left out", "nowhere")
     assert "| mnist | 2 | 3 |" in shown
 
@@ -479,5 +479,5 @@ def test_a_smoke_run_and_the_same_command_again(tmp_path, capsys, monkeypatch):
 @pytest.mark.quick
 def test_what_it_cannot_do(tmp_path, capsys, little_data):
     out = ["--out", str(tmp_path / "out"), "--quiet"]
-    assert myth4_forgetting.main([*out, "--config", "mnist-least-30"]) == 2
+    assert myth4_forgetting.main([*out, "--configs", "mnist-least-30"]) == 2
     one_sentence(capsys.readouterr().err, "mnist.jsonl")
