@@ -11,9 +11,9 @@ that a preset is well chosen: by a change that is clearly better.
 search, but those of a search that can be repeated. Other rows are of a preset with a change: `short` and
 `jitter` are quicker versions of `ours` and `hinton-jitter`, and `decayed` is `jitter` with a stronger weight
 decay. `weaker-decay`, `first-hinton` and `first-standard` are what `permutation-invariant`, `hinton` and
-`standard` were before. `narrow` has the layers of `first-hinton` with a quarter of their units, `skipping` is
-`standard` with images that are skipped, and `unskipped`, `wide` and `deep` are `standard`, `skipping` and
-`permutation-invariant` with the layers and passes of `hinton`.
+`standard` were at first. `narrow` has the layers of `first-hinton` with a quarter of their units, and
+`skipping` is `standard` with images that are skipped. `unskipped`, `wide` and `deep` are `standard`,
+`skipping` and `permutation-invariant` with the layers and passes of `hinton`.
 """
 
 import sys
@@ -27,6 +27,7 @@ from studies import common
 
 PAGE = utils.ROOT / "results" / "ff_choices" / "README.md"
 VALIDATION = 10_000
+FOUR = {"layers": 4, "width": 2000, "jitter": 0, "parts": 2, "weight_decay": 1e-2}
 SKIPPING = {"skip_threshold": 1e-3, "revisit_prob": 0.25}
 DEEP = {"layers": 4, "width": 2000, "passes": 60}
 FIRST = {"lr": 0.01, "weight_decay": 1e-3, "peer": 0.03, "head_from": 1}
@@ -36,8 +37,8 @@ PRESETS = {  # name -> a preset of forward_forward.py, and what is changed in or
     "decayed": ("hinton-jitter", {"layers": 2, "passes": 150, "weight_decay": 1e-2}),
     "two-layers": ("hinton-jitter", {"layers": 2}),
     "weaker-decay": ("permutation-invariant", {"weight_decay": 1e-2}),
-    "first-hinton": ("hinton", {"weight_decay": 1e-2}),
-    "narrow": ("hinton", {"weight_decay": 1e-2, "width": 500, "precision": "fp32"}),
+    "first-hinton": ("ours", FOUR),
+    "narrow": ("ours", FOUR | {"width": 500, "precision": "fp32"}),
     "skipping": ("standard", SKIPPING),
     "first-standard": ("standard", SKIPPING | FIRST),
     "wide": ("standard", SKIPPING | DEEP),
@@ -79,7 +80,7 @@ OTHERS = {  # preset -> field -> what else it might be
     "wide": {},
     "unskipped": {"weight_decay": (2e-2,)},
     "deep": {},
-    "first-hinton": {"weight_decay": (3e-2,)},
+    "first-hinton": {"weight_decay": (3e-2, 0.1)},
     "hinton": {},
     "hinton-jitter": {},
 }

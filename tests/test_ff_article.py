@@ -390,12 +390,12 @@ def test_the_table_has_a_row_for_each_rung():
 def test_every_percentage_in_the_prose_is_in_the_table_or_is_cited_from_another_page():
     before, rest = PAGE.read_text(encoding="utf-8").split("<!-- ladder: begin -->")
     table, after = rest.split("<!-- ladder: end -->")
-    cited = {"1.36%", "1.54%", "11%", "95%"}  # Hinton's error, mnist-hinton without layer 1, the interval
+    cited = {"1.36%", "1.43%", "11%", "95%"}  # Hinton's error, mnist-hinton without layer 1, the interval
     prose = set(re.findall(r"\d+(?:\.\d+)?%", before + after))
     assert prose - cited <= set(re.findall(r"\d+(?:\.\d+)?%", table))
     assert {"4.53%", "6.34%", "3.03%", "1.45%", "88.65%"} <= prose
-    (hinton,) = read_run(PAGE.parent.parent / "forward_forward" / "mnist-hinton.jsonl").final("test")
-    assert hinton["errors"]["skip-first"] == 1.54
+    hinton = read_run(PAGE.parent.parent / "forward_forward" / "mnist-hinton.jsonl").final("test")
+    assert np.mean([record["errors"]["skip-first"] for record in hinton]) == pytest.approx(1.43)
 
 
 @quick
