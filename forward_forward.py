@@ -17,15 +17,17 @@ Every image is shown twice: once with its own label written over its first ten p
 with a wrong label (negative). Each layer learns by itself to tell the two apart by its *goodness*, the sum of
 its squared activities, which is to be high for positives and low for negatives. What a layer passes on is
 scaled to a fixed length, so that the next layer cannot just read off this layer's goodness. To classify an
-image, all ten labels are tried. The answer is the label with the highest goodness, summed over the layers.
+image, all ten labels are tried. The answer is the label with the highest goodness, summed over the layers;
+some presets answer by another of READ_OUTS.
 
 Published: `supervised` in reference/ff.toml, a test error of 1.36% with four layers of 2,000 units. The
 method is that of Hinton's own code (Matlab, ffnew.m): all layers learn at the same time, negatives are hard,
-units are kept about equally active, and gradients are smoothed. The numbers in `Config` are ours. They were
-chosen one after the other, in factors of two or three, by the errors on the last 10,000 of the 60,000
-training digits (`--validation 10000`); studies/ff_choices.py puts such choices on record. Two things are new,
-and make training several times as fast: a layer computes no gradient for examples that it is already sure of,
-and images that all layers are sure of are shown in one pass out of four. `standard` and `hinton` do without.
+units are kept about equally active, and SGD has momentum. `standard` and `hinton` also have its numbers, but
+for the weight decay of `hinton`. The other numbers are ours. They were chosen one after the other, in factors
+of two or three, by the errors on the last 10,000 of the 60,000 training digits (`--validation 10000`);
+studies/ff_choices.py puts such choices on record. Two things are new, and make training several times as
+fast: a layer computes no gradient for examples that it is already sure of, and images that all layers are
+sure of are shown in one pass out of four. `standard` and `hinton` do without.
 """
 
 import functools
@@ -349,8 +351,8 @@ class Config(NamedTuple):
     read_out: str = "all"
 
 
-# The numbers of Hinton's Matlab code. There, the derivative of the squares lacks its factor of 2. So we need
-# half of its learning rate of 0.01, and twice what works beside it. Nothing is skipped.
+# The numbers of Hinton's Matlab code. There, the derivative of the squares lacks its factor of 2. To make the
+# same steps, we halve its learning rate of 0.01, and double its weight decay and its peer normalisation.
 MATLAB = {
     "jitter": 0,
     "batch_size": 100,

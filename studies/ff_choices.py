@@ -11,9 +11,9 @@ that a preset is well chosen: by a change that is clearly better.
 search, but those of a search that can be repeated. Other rows are of a preset with a change: `short` and
 `jitter` are quicker versions of `ours` and `hinton-jitter`, and `decayed` is `jitter` with a stronger weight
 decay. `weaker-decay`, `first-hinton` and `first-standard` are what `permutation-invariant`, `hinton` and
-`standard` were at first. `narrow` has the layers of `first-hinton` with a quarter of their units, and
-`skipping` is `standard` with images that are skipped. `unskipped`, `wide` and `deep` are `standard`,
-`skipping` and `permutation-invariant` with the layers and passes of `hinton`.
+`standard` were at first. `narrow` has the layers of `first-hinton` with a quarter of their units.
+`standard-skipping` is `standard` with images that are skipped, and `...-4x2000` has the layers and passes of
+`hinton`, whose own numbers are those of `standard-4x2000-weight-decay0.02`.
 """
 
 import sys
@@ -39,11 +39,11 @@ PRESETS = {  # name -> a preset of forward_forward.py, and what is changed in or
     "weaker-decay": ("permutation-invariant", {"weight_decay": 1e-2}),
     "first-hinton": ("ours", FOUR),
     "narrow": ("ours", FOUR | {"width": 500, "precision": "fp32"}),
-    "skipping": ("standard", SKIPPING),
+    "standard-skipping": ("standard", SKIPPING),
     "first-standard": ("standard", SKIPPING | FIRST),
-    "wide": ("standard", SKIPPING | DEEP),
-    "unskipped": ("standard", DEEP),
-    "deep": ("permutation-invariant", DEEP),
+    "standard-skipping-4x2000": ("standard", SKIPPING | DEEP),
+    "standard-4x2000": ("standard", DEEP),
+    "permutation-invariant-4x2000": ("permutation-invariant", DEEP),
 } | {preset: (preset, {}) for preset in ff.PRESETS}
 OTHERS = {  # preset -> field -> what else it might be
     "short": {
@@ -75,11 +75,11 @@ OTHERS = {  # preset -> field -> what else it might be
     },
     "permutation-invariant": {},
     "first-standard": {"head_from": (2,), "skip_threshold": (0.0,)},
-    "skipping": {"head_from": (1,)},
+    "standard-skipping": {"head_from": (1,)},
     "standard": {},
-    "wide": {},
-    "unskipped": {"weight_decay": (2e-2,)},
-    "deep": {},
+    "standard-skipping-4x2000": {},
+    "standard-4x2000": {"weight_decay": (2e-2,)},
+    "permutation-invariant-4x2000": {},
     "first-hinton": {"weight_decay": (3e-2, 0.1)},
     "hinton": {},
     "hinton-jitter": {},
@@ -128,7 +128,8 @@ def tables(folder=PAGE.parent):
             errors = [mean_sd([own[way] for own in last]) if last else "no record" for way in ff.READ_OUTS]
             decay = f"{total_decay(runs[name]):.2f}" if last else "no record"
             rows.append([describe(CONFIGS[name], CONFIGS[preset]), *errors, decay])
-        found[preset] = markdown_table(["change", *(f"{way} (%)" for way in ff.READ_OUTS), "decay"], rows)
+        if done:
+            found[preset] = markdown_table(["change", *(f"{way} (%)" for way in ff.READ_OUTS), "decay"], rows)
         answer = CONFIGS[preset]["read_out"]
         counts.append([preset, answer, CONFIGS[preset]["passes"], f"{len(done)} of {len(names)}"])
     head = ["preset", "its answer", "passes", "on record"]
