@@ -101,8 +101,9 @@ CLAIMS = (
      "-m studies.ff_recurrent --configs recurrent", "ff_recurrent"),
     ("Hinton 2022, CIFAR-10: backpropagation with 2 / 3 layers, Forward-Forward with 2 / 3",
      [f"ff.cifar-{name}:0" for name in ("backpropagation", "backpropagation-3", "ff", "ff-3")],
-     "-m studies.ff_cifar --configs '*-2' '*-3'", "ff_cifar"),
-    ("Neoflex 2023, batches of 10,000", ["ff.article:1"], "-m studies.ff_article", "ff_article"),
+     "-m studies.ff_cifar --configs 'bp-*' 'ff-min-*'", "ff_cifar"),
+    ("Neoflex 2023, batches of 10,000", ["ff.article:1"],
+     "-m studies.ff_article --configs as-written-batch-size10000 --seeds 1", "ff_article"),
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ depth like that of backpropagation. Four ways to do an update in float32 are com
 - backpropagation: every layer's activities are kept for the backward pass
 - recomputing: only every k-th layer's are kept, k the square root of the depth; others are computed again
 - forward-forward: a layer learns, and its activities are dropped as soon as the next one has read them
-- forward-forward, as in the script: forward_forward.py, which has the gradients of all layers at once
+- forward-forward, as in the script: forward_forward.py, which has activities and gradients of all at once
 
 A gradient is used and dropped as soon as it is known, except in the last. An image is two examples to
 Forward-Forward, a positive and a negative.

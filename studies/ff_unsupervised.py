@@ -14,8 +14,9 @@ convolution.
 Published (`unsupervised` and `local` in reference/ff.toml): test errors of 1.37% and 1.16%. What would
 refute them: five seeds of the published configs, if the 95% interval for one more seed leaves these numbers
 out. Learning rates were chosen, in factors of about 3, by the error of one seed on 10,000 of the training
-digits after two or three passes; there is no record of that. `# assumption` marks what we chose where the
-accounts of the paper leave something open.
+digits after two or three passes; there is no record of that. `unsupervised-choose-*` hold the weight decay
+against ten times as much, with `--validation`. `# assumption` marks what we chose where the accounts of the
+paper leave something open.
 """
 
 import functools

@@ -19,8 +19,8 @@ Both readings are trained here, in paired trials: tickets with their own initial
 What to prune is decided by the weights of the last step, as described, and by those of step 1,000, as coded.
 Nothing was tuned. Ten trials of a schedule of 19 rounds take some 20 minutes of one core with AVX-512, and
 three of all 100 rounds eight more; the article says an hour for two. A dense network, or a randomly pruned
-one, cannot tell permuted signals from ordered ones, because its initial weights are independent and alike: it
-is trained once for c, d, e and f.
+one, cannot tell permuted signals from ordered ones, because its initial weights are independent and
+identically distributed: it is trained once for c, d, e and f.
 """
 
 import argparse
