@@ -50,7 +50,7 @@ def pick_engine(name, load, cost):
 
 def add_configs_flag(parser, default=("*",)):
     """The flag --configs, of patterns; `chosen` says which configs they are."""
-    words = f"which to train; * stands for any letters (default: {' '.join(default)})"
+    words = f"which to train; * stands for any characters (default: {' '.join(default)})"
     parser.add_argument("--configs", nargs="+", default=default, metavar="NAME", help=words)
 
 

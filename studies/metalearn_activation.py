@@ -181,9 +181,8 @@ def tables(folder):
     return activation_page.tables_of(read_runs(folder))
 
 
-def run_part(args, part, engine, data, splits):
-    """Train what is missing of the configs whose names begin with `part`."""
-    configs = {name: config for name, config in CONFIGS.items() if name.split("-")[0] == part}
+def run_part(args, part, configs, engine, data, splits):
+    """Train what is missing of these configs, whose names begin with `part`."""
     if args.smoke:
         configs = {name: config | SMOKE for name, config in configs.items()}
     learned = functools.cache(lambda: runs.read_run(args.out / "learned.jsonl"))
@@ -217,12 +216,9 @@ def run_part(args, part, engine, data, splits):
 @utils.exit_status
 def main(argv=None):
     parser = common.study_flags("metalearn_activation", __doc__, seeds=10, without=("device",))
-    parts = "learned", "original", "fair", *activation_cnn.DATA
-    parser.add_argument(
-        "--parts", nargs="+", choices=parts, default=parts,
-        help="train only these configs, by the first word of their names (default: all)",
-    )  # fmt: skip
+    common.add_configs_flag(parser)
     args = common.parse(parser, argv)
+    chosen = common.chosen(args.configs, CONFIGS)
     torch.set_num_threads(1)
     engine = common.pick_engine(args.engine, training_in_c, "several times longer")
     data = mnist1d_gen.make_dataset(num_samples=INNER["num_samples"])
@@ -232,12 +228,13 @@ def main(argv=None):
         "validation": mnist1d.as_tensors(other["x_test"], other["y_test"]),
         "test": mnist1d.as_tensors(data["x_test"], data["y_test"]),
     }
-    for part in args.parts:
+    for part in dict.fromkeys(name.split("-")[0] for name in chosen):
+        configs = {name: config for name, config in chosen.items() if name.split("-")[0] == part}
         try:
-            run_part(args, part, engine, data, splits)
+            run_part(args, part, configs, engine, data, splits)
         except sources.Unavailable as error:
             print(f"The CNNs of {part} are left out: {error}", file=sys.stderr)
-    if set(args.parts) == set(parts):
+    if len(chosen) == len(CONFIGS):  # the page needs all
         figures.save(activation_page.draw(read_runs(args.out)), args.out / "metalearn_activation.png")
         common.show(args, PAGE, tables(args.out))
 

@@ -490,15 +490,21 @@ def test_what_fails_is_one_sentence(on_strokes, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.quick
 def test_the_table_has_what_was_measured_and_what_is_published():
-    text = study.tables()["hybrids"]
+    found = study.tables()
+    text = found["hybrids"]
     rows = {row.split(" | ")[0].strip("| "): row for row in text.splitlines()[2:]}
-    assert rows.keys() == {path.stem for path in study.PAGE.parent.glob("*.jsonl")}
+    committed = {path.stem for path in study.PAGE.parent.glob("*.jsonl")}
+    assert rows.keys() == {name for name in committed if not name.endswith("-validation")}
     for name, row in rows.items():
         run = read_run(study.PAGE.parent / f"{name}.jsonl")
         misses = [record["misses"] for record in run.final("test")]
         published = utils.reference("ff")["local" if "local" in name else "unsupervised"]["test_error"]
         shown = float(row.split(f"| {published}% | ")[1].split("%")[0])
         assert shown == pytest.approx(np.mean(misses) / 100, abs=0.005001)  # two decimals
+    for decay in (0.001, 0.01):
+        run = read_run(study.PAGE.parent / f"unsupervised-choose-weight-decay{decay}-validation.jsonl")
+        (record,) = run.final("validation")
+        assert f"| 2000 | 100 | {decay} | {record['misses'] / 100:.2f} |" in found["validation"]
     assert "![" in study.PAGE.read_text() and "(hybrids.png)" in study.PAGE.read_text()
 
 

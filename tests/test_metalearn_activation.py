@@ -623,7 +623,7 @@ def test_a_smoke_run_resumes_and_refuses(tmp_path, monkeypatch, capsys):
     names = {path.stem for path in tmp_path.glob("*.jsonl")}
     assert names == {name for name in study.CONFIGS if name.split("-")[0] in ("learned", "original", "fair")}
     first = {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
-    assert study.main([*flags, "--parts", "learned"]) == 0 and capsys.readouterr().err == ""
+    assert study.main([*flags, "--configs", "learned"]) == 0 and capsys.readouterr().err == ""
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == first
     monkeypatch.setenv("CC", "no-such-compiler")
     method.training_in_c.cache_clear()
