@@ -105,6 +105,10 @@ class Link:
         """On another rank: put what rank 0 has sent into the inbox. Ended where rank 0 has ended."""
         time.sleep(POLL)
         self.inbox.extend(message for _, message in self.receive())
+        self.end_with_rank_0()
+
+    def end_with_rank_0(self):
+        """On another rank: Ended where rank 0 said so next; that may have come with what it said before."""
         if self.inbox and "end" in self.inbox[0]:
             raise utils.Ended(self.inbox.popleft()["end"])
 
@@ -137,6 +141,7 @@ def agree(value):
     if utils.RANK == 0:
         link().send({"agree": value})
         return value
+    link().end_with_rank_0()
     while not link().inbox:
         link().hear()
     return link().inbox.popleft()["agree"]
@@ -183,6 +188,7 @@ def _take(busy, receive):
 def follow(jobs, progress):
     """On another rank: say when the `jobs` (futures) are done, and wait until rank 0 goes on, or ends."""
     link().busy = True
+    link().end_with_rank_0()
     while not link().inbox and not _has_failed(jobs):
         progress(0)
         if link().busy and all(job.done() for job in jobs):

@@ -3,6 +3,7 @@
 Two tests start torchrun, whose ranks each import PyTorch for two seconds of a core; the others fork.
 """
 
+import collections
 import contextlib
 import json
 import multiprocessing
@@ -274,6 +275,22 @@ def test_a_fault_in_the_code_shows_its_traceback_once(rank, fork, tmp_path):
         one_sentence(error[0], "rank 1 on", "KeyError")
     else:
         assert error[1] == ""
+
+
+@pytest.mark.quick
+def test_the_end_is_heard_though_it_came_together_with_what_was_said_before(monkeypatch):
+    """As it does where rank 0 fails at once, and this rank is slow."""
+    link = object.__new__(ranks.Link)
+    link.inbox = collections.deque([{"agree": 7}, {"end": 3}])
+    monkeypatch.setattr(ranks, "link", lambda: link)
+    monkeypatch.setattr(utils, "RANKS", 2)
+    monkeypatch.setattr(utils, "RANK", 1)
+    assert ranks.agree(None) == 7
+    for asks in (lambda: ranks.agree(None), lambda: ranks.follow([], lambda steps: None)):
+        link.inbox = link.inbox or collections.deque([{"end": 3}])
+        with pytest.raises(utils.Ended) as ended:
+            asks()
+        assert ended.value.args == (3,) and not link.inbox
 
 
 def test_a_script_that_is_one_process_is_refused(fork, tmp_path):
