@@ -48,10 +48,14 @@ def pick_engine(name, load, cost):
     return "c" if utils.compiled(name, "cpu", load, cost) else "torch"
 
 
-def add_configs_flag(parser, default=("*",)):
-    """The flag --configs, of patterns; `chosen` says which configs they are."""
-    words = f"which to train; * stands for any characters (default: {' '.join(default)})"
-    parser.add_argument("--configs", nargs="+", default=default, metavar="NAME", help=words)
+def add_configs_flag(parser, default=None):
+    """The flag --configs, of patterns; `chosen` says which configs they are.
+
+    Without a `default` all are trained, and the page is written only then.
+    """
+    usual = " ".join(default) if default else "*; fewer than all write no page"
+    words = f"which to train; * stands for any characters (default: {usual})"
+    parser.add_argument("--configs", nargs="+", default=default or ["*"], metavar="NAME", help=words)
 
 
 def chosen(patterns, configs):
