@@ -5,7 +5,7 @@ import statistics
 
 import utils
 from records import figures
-from records.tables import markdown_table, mean_sd, read_runs
+from records.tables import difference, markdown_table, mean_sd, prediction_interval, read_runs
 
 # (config, way to read out) -> row in reference/ff.toml
 PUBLISHED = {
@@ -17,6 +17,10 @@ PUBLISHED = {
 }
 NAMES = {"bp": "backpropagation", "ff-min": "FF, minimising squares", "ff-max": "FF, maximising squares"}
 WAYS = {"all": "every label, all layers", "skip-first": "every label, but the first", "softmax": "one pass"}
+# (config, way to read out), and what it is held against on the same seeds
+PAIRS = [((f"ff-min-{layers}", "all"), (f"bp-{layers}", "softmax")) for layers in (2, 3)]
+PAIRS += [(("ff-max-2", way), ("ff-min-2", way)) for way in ("all", "softmax")]
+PAIRS += [((name, "softmax"), (name, "all")) for name in ("ff-min-2", "ff-min-3", "ff-max-2")]
 
 
 def finals(found):
@@ -40,11 +44,34 @@ def errors_table(found):
                 own = [mean_sd(errors[split], unit="%") for split in errors]
                 seeds = len(errors["test"])
                 words = "one pass" if method == "bp" else words
+                interval = ""
+                if seeds > 1:
+                    interval = "{:.2f}% to {:.2f}%".format(*prediction_interval(errors["test"]))
                 cells = [NAMES[method], words, layers, run.config["passes"], seeds]
-                rows.append([*cells, published[0], own[0], published[1], own[1]])
-    head = ["learning", "read out by", "layers", "passes", "seeds"]
-    head += ["published test error", "test error", "published training error", "training error"]
+                rows.append([*cells, published[0], own[0], interval, published[1], own[1]])
+    head = ["learning", "read out by", "layers", "passes", "seeds", "published test error", "test error"]
+    head += ["one more seed", "published training error", "training error"]
     return markdown_table(head, rows, left=2)
+
+
+def differences_table(found):
+    """By how many points one test error is above another, seed by seed, with the interval of the mean."""
+    rows = []
+    for pair in PAIRS:
+        if all(name in found for name, _ in pair):
+            one, other = (errors_by_seed(found[name], way) for name, way in pair)
+            gaps = [error - other[seed] for seed, error in one.items() if seed in other]
+            words = [f"{NAMES[name[:-2]]}, {name[-1]} layers, {WAYS[way]}" for name, way in pair]
+            higher = f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"
+            rows += [[*words, higher, difference(gaps, "+.2f")]] if gaps else []
+    head = ["this test error", "and that one", "seeds of which this is higher", "by how many points"]
+    return markdown_table(head, rows, left=2)
+
+
+def errors_by_seed(run, way):
+    """seed -> the test error of a way to read the network out, in percent."""
+    tested = (r for own in run.records.values() for r in own if r["split"] == "test")
+    return {record["seed"]: record["errors"][way] for record in tested}
 
 
 def choice_table(found):
@@ -130,6 +157,7 @@ def tables(folder):
     found, speed = read_runs(folder), read_speed(folder)
     made = {
         "errors": errors_table(found),
+        "differences": differences_table(finals(found)),
         "choice": choice_table(found),
         "reached": reached_table(found, speed),
     }

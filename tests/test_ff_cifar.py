@@ -560,6 +560,35 @@ def test_when_backpropagation_has_the_same_error():
 
 
 @pytest.mark.quick
+def test_differences_are_those_of_the_same_seed():
+    def run_of(method, errors):
+        own = Run("x.jsonl", "ff_cifar", {**study.METHODS[method], "layers": 2}, "")
+        for seed, by_way in errors.items():
+            kept = dict(zip(("softmax",) if method == "bp" else ("softmax", "all"), by_way))
+            record = {"seed": seed, "split": "test", "errors": kept}
+            own.records[seed] = [{**record, "split": "train"}, record]
+        return own
+
+    # The seeds that both have, in another order. FF is above backpropagation by 5 and 7, so by 6; their
+    # standard deviation is the root of 2, that of the mean is 1, and Student's t for one degree is 12.706.
+    found = {
+        "bp-2": run_of("bp", {1: [30], 3: [31], 2: [34]}),
+        "ff-min-2": run_of("ff-min", {2: [38, 41], 1: [38, 35]}),
+    }
+    rows = ff_cifar_page.differences_table(found).splitlines()[2:]
+    ff_name = "FF, minimising squares, 2 layers"
+    every = f"{ff_name}, every label, all layers"
+    assert rows == [
+        f"| {every} | backpropagation, 2 layers, one pass | 2 of 2 | +6.00 (-6.71 to +18.71) |",
+        f"| {ff_name}, one pass | {every} | 1 of 2 | +0.00 (-38.12 to +38.12) |",
+    ]
+    del found["ff-min-2"].records[2]
+    assert "| 1 of 1 | +5.00 |" in ff_cifar_page.differences_table(found)
+    assert ff_cifar_page.differences_table({"bp-2": found["bp-2"]}).count("\n") == 1
+    assert {name for pair in ff_cifar_page.PAIRS for name, _ in pair} <= set(study.CONFIGS)
+
+
+@pytest.mark.quick
 def test_published_numbers_are_beside_their_read_out():
     reference = utils.reference("ff")
     assert set(ff_cifar_page.PUBLISHED.values()) <= set(reference)
