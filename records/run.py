@@ -51,6 +51,10 @@ class Run:
         found = ([r for r in own if r.get("split") == split] for _, own in sorted(self.records.items()))
         return [own[-1] for own in found if own]
 
+    def by_seed(self, key, split="test"):
+        """seed -> what the last record of a split has under a key."""
+        return {record["seed"]: record[key] for record in self.final(split)}
+
     def accuracies(self, split="test"):
         """What each seed gets right after the last pass, in percent, in the order of seeds."""
         return [100 - record["error"] for record in self.final(split)]
@@ -142,6 +146,8 @@ def read_run(path):
             found = json.loads(reading.read_text(encoding="utf-8"))
             run.sessions = [session for session in found["sessions"] if session["seconds"].keys()]
         return run
+    except FileNotFoundError as error:
+        raise utils.BadRequest(f"{path} does not exist: train it first, or restore it from git") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         remedy = "delete it, or restore it from git"
         raise utils.BadRequest(f"{reading} is damaged ({type(error).__name__}: {error}): {remedy}") from error

@@ -69,6 +69,11 @@ def confidence_interval(values, probability=0.95):
     return mean - reach, mean + reach
 
 
+def paired(one, other):
+    """one - other for each seed that both have, in the order of seeds; both are seed -> value."""
+    return [value - other[seed] for seed, value in sorted(one.items()) if seed in other]
+
+
 def difference(values, form="+.1f"):
     """The text `mean (low to high)` of paired differences, with the 95% interval of their mean."""
     mean = f"{statistics.fmean(values):{form}}"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import utils
 from records import figures
-from records.tables import difference, markdown_table, mean_sd
+from records.tables import difference, markdown_table, mean_sd, paired
 from studies import activation_cnn
 from studies.learned_activation import ACTIVATIONS, evaluate_learned, last_meta, published_fit
 
@@ -139,12 +139,7 @@ def shape_table(found):
 def cnn_errors(found, data):
     """The test errors of the CNNs on a data set: activation -> seed -> error."""
     runs = {name: found[f"{data}-{name}"] for name in NAMES if f"{data}-{name}" in found}
-    return {name: {r["seed"]: r["error"] for r in run.final("test")} for name, run in runs.items()}
-
-
-def paired(these, others):
-    """The differences of two seed -> error, for the seeds that both have."""
-    return [error - others[seed] for seed, error in these.items() if seed in others]
+    return {name: run.by_seed("error") for name, run in runs.items()}
 
 
 def cnn_table(found):
@@ -215,17 +210,18 @@ def draw_ranking(axis, found, names):
 
 def draw_cnns(axis, found, names):
     """How many points of test accuracy each activation is above ReLU, paired by seed."""
+    most = 0
     for k, (data, label) in enumerate(activation_cnn.DATA.items()):
         errors = cnn_errors(found, data)
         for column, name in enumerate(names):
             gaps = paired(errors.get("relu", {}), errors.get(name, {}))
-            beside = column - 0.15 + 0.3 * k + np.linspace(-0.1, 0.1, len(gaps))
+            most, beside = max(most, len(gaps)), column - 0.15 + 0.3 * k + np.linspace(-0.1, 0.1, len(gaps))
             if gaps:
                 style = {"color": f"C{k + 2}", "markersize": 4, "label": None if column else label}
                 axis.plot(beside, gaps, "os"[k], **style)
     axis.axhline(0, color="0.5", linewidth=1)
     axis.set_xticks(range(len(names)), names, fontsize="small", rotation=30)
-    axis.set(ylabel="points of test accuracy above ReLU's", title=f"CNNs, {activation_cnn.SEEDS} seeds")
+    axis.set(ylabel="points of test accuracy above ReLU's", title=f"CNNs, {most} seeds")
 
 
 def draw(found):

@@ -17,7 +17,7 @@ from records.tables import write_tables
 def study_flags(name, doc, seed=0, seeds=5, without=()):
     """A parser with the flags that all studies have; the study `name` adds its own.
 
-    Those `without` which it does are not in --help, and `parse` refuses them.
+    The flags named in `without`, which the study does not use, are not in --help, and `parse` refuses them.
     """
     parser = utils.Parser(name, doc)
     flag = parser.add_argument_group("data").add_argument
@@ -49,9 +49,9 @@ def pick_engine(name, load, cost):
 
 
 def add_configs_flag(parser, default=None):
-    """The flag --configs, of patterns; `chosen` says which configs they are.
+    """Add the flag --configs, which takes patterns; `chosen` returns the configs that they match.
 
-    Without a `default` all are trained, and the page is written only then.
+    Without a `default`, all configs are trained, and the page is written only if none is left out.
     """
     usual = " ".join(default) if default else "*; fewer than all write no page"
     words = f"which to train; * stands for any characters (default: {usual})"
@@ -70,16 +70,22 @@ def chosen(patterns, configs):
     }
 
 
-def run_configs(args, study, configs, train, data_sha256="", work=None, together=False, **facts):
+def seeds_of(args, at_most=None):
+    """The seeds that the flags ask for, or the first `at_most` of them."""
+    return range(args.seed, args.seed + min(args.seeds, at_most or args.seeds))
+
+
+def run_configs(args, study, configs, train, data_sha256="", work=None, together=False, seeds=None, **facts):
     """Train every config (name -> dict) on every seed, `args.threads` at a time; return name -> Run.
 
     A Run has all seeds on disk. Seeds that are in `<args.out>/<name>.jsonl` are skipped, unless `args.again`.
+    Without `seeds`, they are those that the flags ask for.
     `train(config, seed, progress)` returns the records of a seed; with `together`, `train(config, seeds,
     progress)` returns seed -> records for a whole list of seeds, which then are one job. `work(config)` is
     the number of steps that a seed adds to the progress bar, and `train` reports n of them by `progress(n)`;
     without it, the bar counts seeds.
     """
-    seeds, opened = range(args.seed, args.seed + args.seeds), {}
+    seeds, opened = seeds_of(args) if seeds is None else seeds, {}
     with contextlib.ExitStack() as stack:
         jobs = []
         for name, config in configs.items():

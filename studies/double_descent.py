@@ -200,8 +200,14 @@ def landmarks(curve):
 def final(found, curve, split, quantity):
     """A number of every network of a curve after its last pass: (widths, seeds); the seeds that all have."""
     runs_of = [found[f"{curve}-{width}"] for width in WIDTHS[curve.split("-")[0]]]
-    seeds = set.intersection(*(set(run.records) for run in runs_of))
-    return np.array([[r[quantity] for r in run.final(split) if r["seed"] in seeds] for run in runs_of])
+    values, seeds = [run.by_seed(quantity, split) for run in runs_of], seeds_of(found, curve)
+    return np.array([[own[seed] for seed in seeds] for own in values])
+
+
+def seeds_of(found, curve):
+    """The seeds that all widths of a curve have."""
+    widths = WIDTHS[curve.split("-")[0]]
+    return sorted(set.intersection(*(set(found[f"{curve}-{width}"].records) for width in widths)))
 
 
 def parameters_of(curve, width):
@@ -243,10 +249,10 @@ def descent_table(found, quantity="error", form="+.1f"):
     return markdown_table(head, rows, left=3)
 
 
-def inside(value, ours):
-    """Does the 95% interval of one more of our values hold a published one, printed to a tenth?"""
+def inside(value, ours, printed_to):
+    """Does the 95% interval for one more of our values hold a published one, which was rounded?"""
     low, high = prediction_interval(ours)
-    return "inside" if low - 0.05 <= value <= high + 0.05 else "**outside**"
+    return "inside" if low - printed_to / 2 <= value <= high + printed_to / 2 else "**outside**"
 
 
 def curve_table(found, curve):
@@ -263,7 +269,8 @@ def curve_table(found, curve):
         run, cells = found[f"{curve}-{width}"], []
         for split, quantity, form, printed in columns:
             ours = [record[quantity] for record in run.final(split)]
-            verdict = inside(printed[width], ours) if width in printed and len(ours) > 1 else ""
+            judge = width in printed and len(ours) > 1
+            verdict = inside(printed[width], ours, 10 ** -int(form[1])) if judge else ""
             judged += [verdict] * bool(verdict)
             cells += [printed.get(width, ""), mean_sd(ours, form), verdict]
         rows.append((width, f"{parameters_of(curve, width):,}", len(run.records), *cells))
@@ -295,7 +302,7 @@ def passes_table(found):
 
 def during(found, curve, width):
     """Test error at every evaluation: (seeds, evaluations)."""
-    records = found[f"{curve}-{width}"].records.values()
+    records = (found[f"{curve}-{width}"].records[seed] for seed in seeds_of(found, curve))
     return np.array([[record["error"] for record in own if record["split"] == "test"] for own in records])
 
 
@@ -303,7 +310,7 @@ def time_table(found):
     """Minutes of one core that the seeds of all widths took, beside the published wall time of one seed."""
     rows = []
     for curve, (key, title) in CURVES.items():
-        seeds = found[f"{curve}-2"].records.keys()
+        seeds = seeds_of(found, curve)
         sessions = (own for name in found if name.startswith(curve) for own in found[name].sessions)
         taken = (each for own in sessions for seed, each in own["seconds"].items() if int(seed) in seeds)
         published = utils.reference("mnist1d")[key]["wall_minutes"]
@@ -326,7 +333,7 @@ def plot(found):
     """Error and loss against width, and test error against passes, a column for each curve."""
     figure, axes = figures.subplots(3, 3, figsize=(11, 9.5), sharey="row")
     for column, (curve, (key, title)) in enumerate(CURVES.items()):
-        widths, n = WIDTHS[curve.split("-")[0]], len(found[f"{curve}-2"].records)
+        widths, n = WIDTHS[curve.split("-")[0]], len(seeds_of(found, curve))
         for axis, quantity in zip(axes[:2, column], ("error", "loss")):
             for colour, split in zip(("C0", "C1"), ("train", "test")):
                 figures.band(axis, widths, final(found, curve, split, quantity).T, split, color=colour)

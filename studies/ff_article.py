@@ -27,6 +27,7 @@ from records import figures
 from records import run as runs
 from records.tables import markdown_table, mean_sd, read_runs
 from studies import common
+from studies.ff_common import network_config
 
 PAGE = utils.ROOT / "results" / "ff_article" / "README.md"
 MEAN, SD = 0.1307, 0.3081  # of MNIST's pixels, as they are usually given
@@ -233,7 +234,7 @@ def train(config, seed, splits, engine=None, progress=lambda n: None):
         return [h for h, *_ in ff.forward(network, products, labels.flatten(), rows)]
 
     with torch.inference_mode():
-        own = ff.Config(**{field: config[field] for field in ff.Config._fields if field in config})
+        own = network_config(config)
         network = ff.Network(pixels.shape[1], own, seed, engine, labels.device)
         inputs, unsure = prepare(pixels), torch.ones_like(labels, dtype=torch.bool)
         for number in range(own.passes):

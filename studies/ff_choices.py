@@ -4,8 +4,8 @@
     python -m studies.ff_choices --configs 'jitter*' '*decay*'  # at greater length: two hours
 
 A preset is trained as it is, and then with one number changed at a time: on the first 50,000 training digits,
-with one seed. What counts is the error on the other 10,000; nobody looks at the test digits. Refuted would be
-that a preset is well chosen: by a change that is clearly better.
+with one seed. What counts is the error on the other 10,000; nobody looks at the test digits. A change that is
+clearly better would refute that a preset is well chosen.
 
 `ours` was chosen in this way by hand, and no log of that was kept. So its rows are not the records of that
 search, but those of a search that can be repeated. Other rows are of a preset with a change: `short` and
@@ -24,6 +24,7 @@ import forward_forward as ff
 import utils
 from records.tables import markdown_table, mean_sd, read_runs
 from studies import common
+from studies.ff_common import network_config
 
 PAGE = utils.ROOT / "results" / "ff_choices" / "README.md"
 VALIDATION = 10_000
@@ -73,16 +74,10 @@ OTHERS = {  # preset -> field -> what else it might be
         "batch_size": (100,),
         "peer": (0.0,),
     },
-    "permutation-invariant": {},
     "first-standard": {"head_from": (2,), "skip_threshold": (0.0,)},
     "standard-skipping": {"head_from": (1,)},
-    "standard": {},
-    "standard-skipping-4x2000": {},
     "standard-4x2000": {"weight_decay": (2e-2,)},
-    "permutation-invariant-4x2000": {},
     "first-hinton": {"weight_decay": (3e-2, 0.1)},
-    "hinton": {},
-    "hinton-jitter": {},
 }
 
 
@@ -92,7 +87,7 @@ def make_configs():
     for name, (preset, changes) in PRESETS.items():
         usual = ff.make_config(preset, validation=VALIDATION, **changes)._asdict()
         configs[name] = usual
-        for field, values in OTHERS[name].items():
+        for field, values in OTHERS.get(name, {}).items():
             for value in values:
                 configs[f"{name}-{field.replace('_', '-')}{value}"] = usual | {field: value}
     return configs
@@ -100,11 +95,6 @@ def make_configs():
 
 CONFIGS = make_configs()
 SMOKE = {"data": "strokes", "validation": 100, "width": 20, "passes": 2, "smoke_digits": 300}
-
-
-def network_config(config):
-    """The forward_forward.Config of a run's config, which may say more."""
-    return ff.Config(**{field: config[field] for field in ff.Config._fields})
 
 
 def train(config, seed, splits, shape, engine_name, progress):

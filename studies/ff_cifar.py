@@ -11,12 +11,13 @@ and of 41% with both for Forward-Forward that minimises the squares of activitie
 the goodness of every label; 45% with one pass and a softmax (two layers). Backpropagation is said to lower
 the training error much faster.
 
-What would refute it. A number: five seeds, if the 95% interval for one more seed leaves it out. That
-Forward-Forward is only slightly less accurate: a test error more than 10 points above that of backpropagation
-trained for as many passes. That backpropagation is much faster: if it does not reach the training error at
-which Forward-Forward ends in half of the passes; and, as a question of its own, in half of the time. That
-minimising is slightly better than maximising, and every label's goodness better than one pass: a difference
-in the other direction on every seed, or an interval of paired differences that leaves 0 out on that side.
+What would refute it. A published number is refuted if the 95% interval for one more seed, of five, does not
+contain it. That Forward-Forward is only slightly less accurate is refuted by a test error more than 10 points
+above that of backpropagation, trained for as many passes. That backpropagation is much faster is refuted if
+it does not reach the training error at which Forward-Forward ends in half of the passes; and, as a question
+of its own, in half of the time. That minimising is slightly better than maximising, and every label's
+goodness better than one pass, is refuted by a difference in the other direction on every seed, or by an
+interval of paired differences that lies on that side of 0.
 
 The paper leaves open, or we do not know, what is marked `# assumption`. Above all: from memory, the network
 of the paper is recurrent, and the label is its topmost input. Ours goes from the bottom to the top once, and

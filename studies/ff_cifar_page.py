@@ -5,7 +5,7 @@ import statistics
 
 import utils
 from records import figures
-from records.tables import difference, markdown_table, mean_sd, prediction_interval, read_runs
+from records.tables import difference, markdown_table, mean_sd, paired, prediction_interval, read_runs
 
 # (config, way to read out) -> row in reference/ff.toml
 PUBLISHED = {
@@ -59,19 +59,13 @@ def differences_table(found):
     rows = []
     for pair in PAIRS:
         if all(name in found for name, _ in pair):
-            one, other = (errors_by_seed(found[name], way) for name, way in pair)
-            gaps = [error - other[seed] for seed, error in one.items() if seed in other]
+            errors = (found[name].by_seed("errors") for name, _ in pair)
+            gaps = paired(*({s: e[way] for s, e in own.items()} for own, (_, way) in zip(errors, pair)))
             words = [f"{NAMES[name[:-2]]}, {name[-1]} layers, {WAYS[way]}" for name, way in pair]
             higher = f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"
             rows += [[*words, higher, difference(gaps, "+.2f")]] if gaps else []
     head = ["this test error", "and that one", "seeds of which this is higher", "by how many points"]
     return markdown_table(head, rows, left=2)
-
-
-def errors_by_seed(run, way):
-    """seed -> the test error of a way to read the network out, in percent."""
-    tested = (r for own in run.records.values() for r in own if r["split"] == "test")
-    return {record["seed"]: record["errors"][way] for record in tested}
 
 
 def choice_table(found):

@@ -145,10 +145,12 @@ def run(study, doc, configs, usual, train, argv, prepare):
     common.add_configs_flag(parser, usual)
     words = "of matrix products (default: bf16, which is slow on a processor that does not have it)"
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help=words)
-    words = "test on the last 10,000 training digits, which are not trained on, not on the test digits"
+    words = "hold out the last 10,000 training digits, and test on them instead of on the test digits"
     parser.add_argument("--validation", action="store_true", help=words)
     args = common.parse(parser, argv)
     chosen = common.chosen(args.configs, configs)
+    if not args.validation and (choosing := [name for name in chosen if "-choose-" in name]):
+        raise utils.BadRequest(f"{choosing[0]} is for choosing, and not by test digits: add --validation")
     torch.set_num_threads(1)  # each thread trains a network by itself
     engine, engine_name = ff.pick_engine(args.engine, args.device, args.precision)
     splits, sha256 = common.load_whole_mnist(args.data_root)
@@ -177,6 +179,11 @@ def run(study, doc, configs, usual, train, argv, prepare):
     return args, splits
 
 
+def network_config(config):
+    """The part of a study's config that is forward_forward.py's."""
+    return ff.Config(**{field: config[field] for field in ff.Config._fields if field in config})
+
+
 def errors_table(folder, sizes_of):
     """The runs in a folder as a Markdown table, beside what is published; `sizes_of(config)` are widths.
 
@@ -195,7 +202,7 @@ def errors_table(folder, sizes_of):
 
 
 def validation_table(folder, fields, ways):
-    """Of a folder's runs with `--validation`: fields of the config, and the errors of ways, as Markdown."""
+    """A Markdown table of the runs with `--validation`: fields of each config, and its error by each way."""
     rows = sorted(
         [*(own.config[field] for field in fields), *(f"{record['errors'][way]:.2f}" for way in ways)]
         for own in read_runs(folder).values()

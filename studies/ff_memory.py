@@ -33,8 +33,9 @@ import utils
 from records import figures
 from records.tables import markdown_table, read_runs
 from studies import common
+from studies.ff_common import network_config
 from studies.ff_sleep import learn
-from studies.ff_sweep import BASE, network_config
+from studies.ff_sweep import BASE
 
 PAGE = utils.ROOT / "results" / "ff_memory" / "README.md"
 CONFIG = BASE | {"width": 500, "batch_size": 1000, "negatives": "random", "passes": 1, "lr": 0.01}

@@ -11,11 +11,12 @@ them learns to make its goodness high for an image with its own label, and low f
 one. To classify an image, all ten labels are tried, and the one with the highest goodness, over iterations
 3 to 5, is the answer; `recurrent` counts the goodness of its second layer alone.
 
-Published (`recurrent` in reference/ff.toml): a test error of 1.31%. What would refute it: five seeds of the
-published config, if the 95% interval for one more seed leaves this number out. Its learning rate and weight
-decay were chosen by `recurrent-choose-*`: by the error of one seed on 10,000 of the training digits, after
-three passes and with narrower layers. `recurrent-scaled` is older; there is no record of how its learning
-rate was chosen. `# assumption` marks what we chose where the accounts of the paper leave something open.
+Published (`recurrent` in reference/ff.toml): a test error of 1.31%. It is refuted if the 95% interval for
+one more seed of the published config, of five, does not contain it. The learning rate and the weight decay
+of that config were chosen by `recurrent-choose-*`: by the error of one seed on 10,000 of the training digits,
+after three passes and with narrower layers. `recurrent-scaled` is older; there is no record of how its
+learning rate was chosen. `# assumption` marks what we chose where the accounts of the paper leave something
+open.
 """
 
 import sys

@@ -23,6 +23,7 @@ import utils
 from records import figures
 from records.tables import markdown_table, read_runs
 from studies import common, ff_sweep
+from studies.ff_common import network_config
 
 PAGE = utils.ROOT / "results" / "ff_sleep" / "README.md"
 BASE = ff_sweep.BASE | {"negatives": "random", "lr_hold": 1.0, "lr_farther": 0}
@@ -100,7 +101,7 @@ def train(config, seeds, progress, splits):
     inputs, labels = (tensor[: config["digits"]] for tensor in splits["train"])
 
     def train_and_look(config, seed, split):
-        network = ff.Network(inputs.shape[1], ff_sweep.network_config(config), seed, device=inputs.device)
+        network = ff.Network(inputs.shape[1], network_config(config), seed, device=inputs.device)
         train_in_phases(network, inputs, labels, seed, config["phase"], progress)
         fine = all(layer.weights.isfinite().all() for layer in network.layers)
         return [ff_sweep.look(network if fine else None, config, split, *splits[split], also="momentum")]
@@ -163,6 +164,7 @@ def main(argv=None):
         sha256,
         together=True,
         engine="torch",
+        device=args.device,
     )
     plot(args.out)
     common.show(args, PAGE, tables(args.out))

@@ -4,9 +4,9 @@
     python -m studies.ff_sweep --configs base 'threshold-*'                   # a part of it
     python -m studies.ff_sweep --configs base threshold-3 --seed 5 --seeds 8  # fresh seeds
 
-No article has numbers for this; they leave it open which goodness, activation and threshold are good. Refuted
-would be that the usual ones (the sum of squares, ReLU, threshold 1, the answer of all layers together) are
-good: by another one with a clearly lower error on fresh seeds.
+No article has numbers for this; they leave it open which goodness, activation and threshold are good. The
+usual ones are the sum of squares, ReLU, threshold 1, and the answer of all layers together. Another one with
+a clearly lower error on fresh seeds would refute that they are good.
 
 Each config is trained with several learning rates (and, for activations, two thresholds). The choice is by
 the errors of two networks on validation digits. Then a network of every seed is trained with the best of them
@@ -24,8 +24,9 @@ import forward_forward as ff
 import utils
 from records import figures
 from records import run as runs
-from records.tables import difference, markdown_table, mean_sd, read_runs
+from records.tables import difference, markdown_table, mean_sd, paired, read_runs
 from studies import common
+from studies.ff_common import network_config
 
 PAGE = utils.ROOT / "results" / "ff_sweep" / "README.md"
 FIRST = 5  # the first seeds, which the tables are of; later ones are fresh
@@ -108,11 +109,6 @@ def load(data, data_root, validation, device="cpu"):
     splits, _, sha256 = ff.load(data, data_root)
     splits = common.hold_out(splits, validation) | {"test": splits["test"]}
     return {split: (x.to(device), y.to(device)) for split, (x, y) in splits.items()}, sha256
-
-
-def network_config(config):
-    """The part of a study's config that is forward_forward.py's."""
-    return ff.Config(**{field: config[field] for field in ff.Config._fields if field in config})
 
 
 def evaluation(passes, split, loss, misses, n):
@@ -206,11 +202,11 @@ def fresh_table(runs):
     for name in (name for name in CONFIGS if name in runs):  # base is the first
         seeds = [seed for seed in sorted(runs[name].records) if seed >= FIRST]
         errors = {own["seed"]: own["error"] for own in records_of(runs[name], "test", seeds)}
-        usual = usual or errors
-        above = [errors[seed] - usual[seed] for seed in seeds if seed in usual]
+        usual = errors if name == "base" else usual
+        above = paired(errors, usual)
         if errors:
             cells = [name, f"{seeds[0]} to {seeds[-1]}", len(seeds), mean_sd(list(errors.values()))]
-            compared = len(above) > 1 and errors is not usual
+            compared = len(above) > 1 and name != "base"
             rows.append([*cells, difference(above, "+.2f") if compared else ""])
     head = ["config", "seeds", "n", "test error (%)", "points above base, and 95% interval"]
     return markdown_table(head, rows)
@@ -259,7 +255,8 @@ def main(argv=None):
 
     for units, used in (False, engine_name), (True, "torch"):
         own = {name: config for name, config in asked.items() if bool(config["activation"]) == units}
-        common.run_configs(args, "ff_sweep", own, train_config, sha256, together=True, engine=used)
+        how = {"together": True, "engine": used, "device": args.device}
+        common.run_configs(args, "ff_sweep", own, train_config, sha256, **how)
     plot(args.out)
     common.show(args, PAGE, tables(args.out))
 

@@ -26,6 +26,7 @@ import utils
 from records import figures
 from records.tables import markdown_table, mean_sd, read_runs
 from studies import common, ff_sweep
+from studies.ff_common import network_config
 
 PAGE = utils.ROOT / "results" / "ff_time" / "README.md"
 # fmt: off
@@ -62,7 +63,7 @@ def batches(count, size, seed):
 
 def forward_forward_for(seconds, config, seed, inputs, labels, progress, engine):
     """A network trained for so many seconds, how many digits it was shown, and the seconds it really took."""
-    config = ff_sweep.network_config(config)
+    config = network_config(config)
     with torch.inference_mode():
         network, threads = ff.Network(inputs.shape[1], config, seed, engine), ff.Threads(1)
         unsure, shown, started = torch.ones(len(labels), dtype=torch.bool), 0, clock()

@@ -11,12 +11,12 @@ A softmax then reads the digit from what all layers but the first pass on. In `u
 sees the whole image. In `local`, a unit sees a part of it, and no weights are shared, so this is no
 convolution.
 
-Published (`unsupervised` and `local` in reference/ff.toml): test errors of 1.37% and 1.16%. What would
-refute them: five seeds of the published configs, if the 95% interval for one more seed leaves these numbers
-out. Learning rates were chosen, in factors of about 3, by the error of one seed on 10,000 of the training
-digits after two or three passes; there is no record of that. `unsupervised-choose-*` hold the weight decay
-against ten times as much, with `--validation`. `# assumption` marks what we chose where the accounts of the
-paper leave something open.
+Published (`unsupervised` and `local` in reference/ff.toml): test errors of 1.37% and 1.16%. They are refuted
+if the 95% interval for one more seed of the published config, of five, does not contain them. Learning rates
+were chosen, in factors of about 3, by the error of one seed on 10,000 of the training digits after two or
+three passes; there is no record of that. `unsupervised-choose-*` hold the weight decay against ten times as
+much, with `--validation`. `# assumption` marks what we chose where the accounts of the paper leave something
+open.
 """
 
 import functools

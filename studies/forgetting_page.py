@@ -14,7 +14,7 @@ import prepro
 import utils
 from datasets import cifar10, qmnist
 from records import figures
-from records.tables import difference, markdown_table, mean_sd
+from records.tables import difference, markdown_table, mean_sd, paired
 
 RANKINGS = "mnist", "permuted", "cifar10"
 KINDS = {"least": "least forgotten", "random": "random", "most": "most forgotten"}
@@ -159,15 +159,14 @@ def removal_table(found):
     for name, percents in FRACTIONS.items():
         if f"{name}-all" not in found:
             continue
-        error = {key: [r["error"] for r in run.final("test")] for key, run in found.items()}
+        error = {key: run.by_seed("error") for key, run in found.items() if run.final("test")}
         whole = error[f"{name}-all"]
-        rows.append((name, "0%", *[mean_sd(whole)] * 3, "-", "-"))
+        rows.append((name, "0%", *[mean_sd(list(whole.values()))] * 3, "-", "-"))
         for percent in percents:
             own = {kind: error[f"{name}-{kind}-{percent}"] for kind in KINDS}
-            gain = [b - a for a, b in zip(own["least"], own["random"])]
-            cost = [b - a for a, b in zip(whole, own["least"])]
-            cells = (*map(mean_sd, own.values()), difference(gain, "+.2f"), difference(cost, "+.2f"))
-            rows.append((name, f"{percent}%", *cells))
+            cells = [mean_sd(list(errors.values())) for errors in own.values()]
+            gaps = paired(own["random"], own["least"]), paired(own["least"], whole)
+            rows.append((name, f"{percent}%", *cells, *(difference(gap, "+.2f") for gap in gaps)))
     head = *KINDS.values(), "random minus least", "least minus 0%"
     return markdown_table(("data", "left out", *head), rows, left=2)
 

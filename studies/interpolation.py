@@ -352,7 +352,7 @@ def exponents(found, loss, criterion, sizes=SIZES, ending=""):
     }
     cells = [cell for cell, own in brackets.items() if None not in own]
     if len(cells) < 3:
-        return [(math.nan,) * 4] * min(2, len(sizes)), 0
+        return [(math.nan,) * 4] * min(2, len(sizes)), len(cells)
     low, high = np.log([brackets[cell] for cell in cells]).transpose(2, 1, 0)  # (seeds, cells) each
     logs = np.log(np.array(cells, dtype=float))[:, 0 if len(sizes) > 1 else 1 :]
     weights = np.linalg.pinv(np.column_stack([np.ones(len(cells)), logs]))[1:]
@@ -369,9 +369,9 @@ def exponents(found, loss, criterion, sizes=SIZES, ending=""):
 READINGS = list(itertools.product(LOSSES, CRITERIA))
 
 
-def reading_table(head, cells_of, rows=READINGS):
+def reading_table(head, cells_of):
     """A table with a row for each loss and each reading of "fits"."""
-    lines = [(LOSSES[loss], CRITERIA[criterion], *cells_of(loss, criterion)) for loss, criterion in rows]
+    lines = [(LOSSES[loss], CRITERIA[criterion], *cells_of(loss, criterion)) for loss, criterion in READINGS]
     return markdown_table(["loss", "fits", *head], lines, left=2)
 
 
@@ -389,7 +389,7 @@ def exponent_table(found):
 
 
 def threshold_table(found):
-    """P* of every cell: the mean over seeds and its standard deviation."""
+    """P* of every cell: mean and standard deviation over the seeds in which it was found."""
 
     def cell(loss, criterion, n, k):
         values = thresholds(found, loss, criterion, n, k)
@@ -517,10 +517,11 @@ def plot_peaks(found):
     axes[0].set_ylabel("test loss (units of the variance)")
     axes[1].set_ylabel("test loss (nats)")
     axes[2].set_ylabel("loss (nats)")
-    for axis in axes:
+    shown = *(found[f"{loss}-noisy"] for loss in LOSSES), run
+    for axis, own in zip(axes, shown):
         axis.set(xscale="log", xlabel="parameters")
         axis.grid(True)
-        title = f"mean ± sd, {len(run.records)} seeds"
+        title = f"mean ± sd, {len(own.records)} seeds"
         axis.legend(fontsize="small", title=title, title_fontsize="small")
     return figure
 

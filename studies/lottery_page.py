@@ -6,7 +6,7 @@ import numpy as np
 
 import utils
 from records import figures
-from records.tables import difference, markdown_table, mean_sd
+from records.tables import difference, markdown_table, mean_sd, paired
 
 # Which weights of the first layer survive
 
@@ -56,7 +56,7 @@ PRUNED = {
     "all-rounds": "smallest, all 100 rounds",
     "random": "random",
 }
-SIGNALS = "original", "reversed", "shuffled", "halves"
+ORDERS = "original", "reversed", "shuffled", "halves"
 
 
 def condition(record):
@@ -66,12 +66,12 @@ def condition(record):
     return f"{record['weights']}_{record['signals'].split()[0]}_ticket"
 
 
-def rounds_of(run, split="test"):
-    """round -> the records of that split after it, one for each seed"""
+def rounds_of(run):
+    """round -> the test records after it, one for each seed"""
     found = {}
     for _, own in sorted(run.records.items()):
         for record in own:
-            if record["split"] == split and "kept" in record:
+            if record["split"] == "test" and "kept" in record:
                 found.setdefault(record["round"], []).append(record)
     return found
 
@@ -80,10 +80,9 @@ def accuracy(records):
     return np.array([100 - record["error"] for record in records])
 
 
-def paired(one, other):
+def gains(one, other):
     """How much more accurate one list of records is than another, for each seed that both have."""
-    errors = {record["seed"]: record["error"] for record in other}
-    return [errors[record["seed"]] - record["error"] for record in one if record["seed"] in errors]
+    return paired(*({record["seed"]: record["error"] for record in own} for own in (other, one)))
 
 
 def published(quantity, year, *names):
@@ -135,9 +134,9 @@ def difference_table(found):
     head = ["removed (%)", *(f"{PRUNED[name]} - dense" for name in rounds)]
     for number, records in list(rounds["step-1000"].items())[1:]:
         row = [f"{100 * records[0]['sparsity']:.1f}"]
-        row += [difference(paired(own[number], own[0])) for own in rounds.values()]
+        row += [difference(gains(own[number], own[0])) for own in rounds.values()]
         if "last-step" in rounds:
-            row.append(difference(paired(rounds["last-step"][number], records)))
+            row.append(difference(gains(rounds["last-step"][number], records)))
         rows.append(row)
     return markdown_table(head + ["last step - step 1,000"] * ("last-step" in rounds), rows)
 
@@ -145,7 +144,7 @@ def difference_table(found):
 def transfer_table(found):
     """Test accuracy on the new data set, and how much better than the trial's own dense network."""
     ours, rows = conditions(found["step-1000"]), []
-    names = (*SIGNALS, "new-weights")
+    names = (*ORDERS, "new-weights")
     for name, values in ours.items():
         old = [published(name, year, *names) for year in (2020, 2024)]
         cells = [" ".join(f"{value:.1f}" for value in own) or "-" for own in old]
@@ -160,7 +159,7 @@ def transfer_table(found):
 def contrast_table(found):
     """Paired differences between tickets."""
     ours, rows = conditions(found["step-1000"]), []
-    for signals in SIGNALS:
+    for signals in ORDERS:
         own, new = (ours[f"{weights}_{signals}_ticket"] for weights in ("own", "new"))
         cells = [difference(list(own - new))]
         for weights, values in ("own", own), ("new", new):
@@ -248,7 +247,7 @@ def draw_transfer(axes, found):
     """Panels c to f, a panel for each order of the new signals: dense, random, and both kinds of ticket."""
     ours = conditions(found["step-1000"])
     titles = "c, f) original signals", "d) reversed", "e) shuffled", "halves swapped"
-    for axis, signals, title in zip(axes, SIGNALS, titles):
+    for axis, signals, title in zip(axes, ORDERS, titles):
         names = ["dense", "random", f"own_{signals}_ticket", f"new_{signals}_ticket"]
         for place, name in enumerate(names):
             values = ours[name]

@@ -23,7 +23,6 @@ one, cannot tell permuted signals from ordered ones, because its initial weights
 identically distributed: it is trained once for c, d, e and f.
 """
 
-import argparse
 import collections
 import itertools
 import statistics
@@ -257,14 +256,14 @@ def main(argv=None):
     for name, config in chosen.items():
         smoke = SMOKE | ({"transfer_steps": 2} if "transfer_steps" in config else {})
         smoke |= {"prune_after": min(config["prune_after"], 1)} if config["prune_after"] else {}
-        seeds = min(args.seeds, FEWER_SEEDS.get(name, args.seeds))
         common.run_configs(
-            argparse.Namespace(**vars(args) | {"seeds": seeds}),
+            args,
             "lottery_tickets",
             {name: config | smoke if args.smoke else config},
             lambda config, seed, progress: train(config, seed, engine, progress),
             mnist1d_gen.sha256(mnist1d_gen.make_dataset()),
             work=work,
+            seeds=common.seeds_of(args, FEWER_SEEDS.get(name)),
             engine=engine,
         )
     if len(chosen) == len(CONFIGS):  # the page needs all

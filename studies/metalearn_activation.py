@@ -20,7 +20,6 @@ studies/activation_page.py. Everything took 44 minutes of one core that other pr
 meta-seeds, 22 for the CNNs.
 """
 
-import argparse
 import functools
 import sys
 
@@ -188,7 +187,6 @@ def run_part(args, part, configs, engine, data, splits):
     learned = functools.cache(lambda: runs.read_run(args.out / "learned.jsonl"))
     digest = mnist1d_gen.sha256(data)
     if part in activation_cnn.DATA:
-        args = argparse.Namespace(**vars(args) | {"seeds": min(args.seeds, activation_cnn.SEEDS)})
         images, digest = activation_cnn.load(part, next(iter(configs.values())), args.data_root)
 
     def train(config, seeds, progress):
@@ -201,16 +199,18 @@ def run_part(args, part, configs, engine, data, splits):
         return activation_cnn.train(config, seeds, images, in_cnn(config, learned, engine), progress)
 
     steps = {"learned": "outer_steps", **dict.fromkeys(activation_cnn.DATA, "passes")}.get(part)
-    common.run_configs(
-        args,
-        "metalearn_activation",
-        configs,
-        train,
-        digest,
-        work=steps and (lambda config: config[steps]),
-        together=True,
-        engine=engine,
-    )
+    how = {"work": steps and (lambda config: config[steps]), "together": True, "engine": engine}
+    seeds = common.seeds_of(args, activation_cnn.SEEDS if part in activation_cnn.DATA else None)
+    fixed = {
+        name: config
+        for name, config in configs.items()
+        if part == "fair" and config["activation"] != "learned"
+    }
+    others = {name: config for name, config in configs.items() if name not in fixed}
+    # Seeds of a fixed function are the networks in which each learned function is tested, too.
+    networks = range((SMOKE if args.smoke else FAIR)["networks"])
+    for own, wanted in (fixed, networks), (others, seeds):
+        common.run_configs(args, "metalearn_activation", own, train, digest, seeds=wanted, **how)
 
 
 @utils.exit_status

@@ -183,9 +183,9 @@ def learned(found, condition, start, what="lr"):
     return {record["seed"]: record[what] for record in found[f"{condition}-from-{start}"].final("test")}
 
 
-def both(found, condition, what="lr"):
-    """The pairs of what each seed learned from the high and from the low start."""
-    high, low = (learned(found, condition, start, what) for start in STARTS)
+def both(found, condition):
+    """The pairs of rates that each seed learned from the high and from the low start."""
+    high, low = (learned(found, condition, start) for start in STARTS)
     return [(high[seed], low[seed]) for seed in sorted(high.keys() & low.keys())]
 
 

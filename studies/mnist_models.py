@@ -104,7 +104,7 @@ def tables(folder=PAGE.parent):
     """The page's table, name -> Markdown."""
     reference, found, rows = utils.reference("mnist1d"), read_runs(folder), []
     for name, run in ((name, found[name]) for name in CONFIGS):
-        train, test = ([100 - record["error"] for record in run.final(split)] for split in ("train", "test"))
+        train, test = (run.accuracies(split) for split in ("train", "test"))
         row = reference[f"mnist-{name}"]
         printed = row.get("test_accuracy", f"above {row.get('test_accuracy_above')}")
         interval = "{:.2f} to {:.2f}".format(*prediction_interval(test)) if len(test) > 1 else "-"

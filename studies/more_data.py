@@ -105,7 +105,7 @@ def plot(folder):
     figures.save(figure, folder / "more_data.png")
 
 
-def run_size(args, data, size, smoke):
+def run_size(args, data, size, smoke, seeds):
     """Train both networks on so many digits, as far as they are not on file."""
     pick_engine = functools.partial(modern.pick_engine, args.engine, args.device)
     configs = {name_of(data, change, size): make_config(data, change, size) | smoke for change in NETWORKS}
@@ -118,6 +118,7 @@ def run_size(args, data, size, smoke):
         lambda config, seed, progress: modern.train_last(config, seed, splits, pick_engine(config), progress),
         digits.sha256(),
         work=lambda config: config["passes"] * len(splits["train"][1]),
+        seeds=seeds,
         **modern.engine_facts(pick_engine(make_config(data, 4, size)), args.device),
     )
 
@@ -130,10 +131,10 @@ def main(argv=None):
     parser.add_argument("--largest", default=10**6, type=size, help="most digits (default: 1000000)")
     args = common.parse(parser, argv)
     data, smoke = ("strokes", {"passes": 1, "smoke_digits": 100}) if args.smoke else (args.data, {})
-    largest, seeds = 1000 if args.smoke else args.largest, args.seeds
+    largest = 1000 if args.smoke else args.largest
     for size in (size for size in SIZES[data] if size <= largest):
-        args.seeds = seeds if size * PASSES <= PRESENTATIONS else min(seeds, FEWER_SEEDS)
-        run_size(args, data, size, smoke)
+        at_most = None if size * PASSES <= PRESENTATIONS else FEWER_SEEDS
+        run_size(args, data, size, smoke, common.seeds_of(args, at_most))
     plot(args.out)
     common.show(args, PAGE, tables(args.out))
 

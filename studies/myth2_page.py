@@ -114,9 +114,8 @@ def usps_table(found):
     rows.append(("published (ADDA)", "LeNet, 28x28", "2,000", "-", accuracy, "-"))
 
     def add(what, network, size, values):
-        low, high = confidence_interval(values) if len(values) > 1 else (math.nan, math.nan)
-        cells = len(values), f"{mean_sd(values, '.1f')}", f"{low:.1f} to {high:.1f}"
-        rows.append((what, network, f"{size:,}", *cells))
+        interval = "{:.1f} to {:.1f}".format(*confidence_interval(values)) if len(values) > 1 else "-"
+        rows.append((what, network, f"{size:,}", len(values), mean_sd(values, ".1f"), interval))
 
     lenet = found["lenet"]
     for split, what in (("test", "USPS, 2,007 test digits"), ("usps-train", "USPS, 7,291 training digits")):

@@ -26,7 +26,6 @@ Nothing is tuned here. By chance, the errors p and q of n and m digits differ wi
 p(1-p)/n + q(1-q)/m.
 """
 
-import argparse
 import functools
 import hashlib
 import json
@@ -232,14 +231,15 @@ def main(argv=None):
         data, digest = load(config, args.data_root)
         network = modern.pick_engine(args.engine, "cpu", modern.make_config())
         facts = modern.engine_facts(network, "cpu") if load is load_mnist else {"engine": "torch"}
-        seeds = {"seeds": 1} if part == "cifar10" else {"seed": args.seed + first_seed}
+        seeds = [first_seed + seed for seed in common.seeds_of(args, 1 if part == "cifar10" else None)]
         common.run_configs(
-            argparse.Namespace(**vars(args) | seeds),
+            args,
             "myth3_fresh_test_sets",
             {name: config},
             lambda config, seed, _, measure=measure, data=data: measure(config, seed, data, args),
             digest,
             together=part == "mnist1d",
+            seeds=seeds,
             **facts,
         )
     if len(chosen) == len(CONFIGS):  # the page needs all

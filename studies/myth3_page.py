@@ -137,7 +137,7 @@ def optimism_table(run):
 def mnist1d_table(found):
     rows = []
     for name in (name for name in found if name.startswith("mnist1d-")):
-        test, fresh = ([100 - r["error"] for r in found[name].final(split)] for split in ("test", "fresh"))
+        test, fresh = (found[name].accuracies(split) for split in ("test", "fresh"))
         n, m = (found[name].final(split)[0]["n"] for split in ("test", "fresh"))
         p, q = statistics.fmean(test), statistics.fmean(fresh)
         model = name.removeprefix("mnist1d-")

@@ -21,7 +21,6 @@ learning rate is chosen on 5,000 training examples that are held out. The networ
 some examples have other seeds (1001 to 1005) than those whose counts rank the examples.
 """
 
-import argparse
 import hashlib
 import sys
 
@@ -235,15 +234,14 @@ def train_config(args, name, engine):
         ranking = runs.read_run(args.out / f"{config['ranked_by']}.jsonl")
         scores = forgetting_page.counts_of(ranking).sum(0, dtype=np.int64)
         sha256 = hashlib.sha256(sha256.encode() + scores.tobytes()).hexdigest()
-    seeds = 1 if "held_out" in config else args.seeds
+    seeds = common.seeds_of(args, 1 if "held_out" in config else None)
 
     def train(config, seed, progress):
         if scores is None:
             return count_forgetting(config, seed, data, engine, progress)
         return retrain(config, seed, data, scores, engine, progress)
 
-    own = argparse.Namespace(**vars(args) | {"seeds": seeds})
-    common.run_configs(own, "myth4_forgetting", {name: config}, train, sha256, engine=engine)
+    common.run_configs(args, "myth4_forgetting", {name: config}, train, sha256, seeds=seeds, engine=engine)
 
 
 @utils.exit_status

@@ -229,15 +229,16 @@ def main(argv=None):
     parser = common.study_flags("myth5_fixup", __doc__, without=("device", "engine"))
     args = common.parse(parser, argv)
     torch.set_num_threads(1)
-    seeds, first = args.seeds, make_config("fixup", 10) | (SMOKE if args.smoke else {})
+    first = make_config("fixup", 10) | (SMOKE if args.smoke else {})
     splits, sha256 = load_data(first, args.data_root)  # the same for all configs
     do = functools.partial(train, splits=splits)
     work = functools.partial(steps_of, n=len(splits["train"][1]))
     for layers, group in itertools.groupby(CONFIGS, lambda name: CONFIGS[name]["layers"]):
         small = SMOKE | {"layers": min(layers, 14)} if args.smoke else {}
         configs = {name: CONFIGS[name] | small for name in group}
-        args.seeds = min(seeds, DEEP_SEEDS) if layers > 1_000 else seeds
-        common.run_configs(args, "myth5_fixup", configs, do, sha256, work, together=True, engine="torch")
+        seeds = common.seeds_of(args, DEEP_SEEDS if layers > 1_000 else None)
+        how = {"work": work, "together": True, "seeds": seeds, "engine": "torch"}
+        common.run_configs(args, "myth5_fixup", configs, do, sha256, **how)
     found = read_runs(args.out)
     figures.save(myth5_page.plot(found), args.out / "myth5_fixup.png")
     common.show(args, PAGE, tables(args.out))

@@ -24,7 +24,6 @@ Attention gets two extra chances at 4,000 examples: updates four times as many, 
 decay. Dynamic convolution gets the first of them, too.
 """
 
-import argparse
 import functools
 import itertools
 import sys
@@ -41,8 +40,7 @@ from studies import myth6_page as page
 
 PAGE = utils.ROOT / "results" / "myth6_attention" / "README.md"
 MIXERS = "conv", "depthwise", "light", "dynamic", "attention"
-MIDDLE = "embedding", "relative", "window"  # attention that is told, in one way or another, what is near
-KINDS = *MIXERS, *MIDDLE
+KINDS = *MIXERS, *page.LOCALITY
 SIZES = 500, 4_000, 16_000
 AT_ALL_SIZES = "conv", "dynamic", "attention", "embedding"
 SHUFFLED = "conv", "dynamic", "attention"
@@ -130,8 +128,7 @@ CONFIGS |= {"attention-4000-decay": make_config("attention", weight_decay=1.0)}
 
 def load_data(config):
     """split -> signals (40, n) and labels (n,), and the SHA-256 of the data before positions are shuffled."""
-    names = "train_size", "test_size", "data_seed", "fresh_seed", "fresh_size"
-    splits, digest = pooling.load_data(*(config[name] for name in names))
+    splits, digest = pooling.data_of(config)
     if config["order_seed"] is not None:
         order = np.random.RandomState(config["order_seed"]).permutation(40)
         splits = {split: (x[order], y) for split, (x, y) in splits.items()}
@@ -195,18 +192,18 @@ def main(argv=None):
     args = common.parse(parser, argv)
     torch.set_num_threads(1)
 
-    def run(configs, train, count=1, **flags):
+    def run(configs, train, count=1, seeds=None):
         for n, group in itertools.groupby(configs, lambda name: configs[name]["train_size"]):
             small = SMOKE | {"train_size": n // 10} if args.smoke else {}
             own = {name: configs[name] | small for name in group}
             for config in own.values() if args.smoke else ():
                 config["validation_size"] //= 10
             work, digest = lambda config: config["updates"] * count, load_data(next(iter(own.values())))[1]
-            given = argparse.Namespace(**vars(args) | flags), "myth6_attention", own, train, digest
-            common.run_configs(*given, work=work, together=True, engine="torch", device="cpu")
+            how = {"work": work, "together": True, "seeds": seeds, "engine": "torch", "device": "cpu"}
+            common.run_configs(args, "myth6_attention", own, train, digest, **how)
 
-    run(CHOICES, choose, 3, seed=myth6.CHOOSING_SEEDS[0], seeds=len(myth6.CHOOSING_SEEDS))
-    found = myth6.chosen(args.out, CHOSEN, KEYS)
+    run(CHOICES, choose, 3, myth6.CHOOSING_SEEDS)
+    found = myth6.best_values(args.out, CHOSEN, KEYS)
     if not args.smoke and found != CHOSEN:
         raise utils.RunFailed(f"validation chooses otherwise than CHOSEN: {found}")
     run(CONFIGS, train)

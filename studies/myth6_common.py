@@ -50,7 +50,7 @@ def validation_misses(folder, name, keys):
     return misses
 
 
-def chosen(folder, names, keys):
+def best_values(folder, names, keys):
     """name -> the values of `keys` with the fewest validation misses; of equals, the lowest."""
     found = {}
     for name in names:

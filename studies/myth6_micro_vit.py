@@ -27,7 +27,6 @@ latter with a learning rate that falls to nearly 0, as a transformer's does here
 learning rate and dropout of Karpathy (`published`); and the middle case with four times the passes.
 """
 
-import argparse
 import functools
 import sys
 
@@ -173,25 +172,26 @@ def main(argv=None):
     pick_engine = functools.partial(modern.pick_engine, args.engine, "cpu")
     engine = modern.engine_facts(pick_engine(modern.make_config()), "cpu")["engine"]
 
-    def run(configs, train, **flags):
+    def run(configs, train, seeds=None):
         for name, config in configs.items():
             if args.smoke:
                 config = {**config, **SMOKE, "validation_size": config["validation_size"] // 20}
                 config.pop("draw", None)
             splits, digest = load_data(config, args.data_root)
             common.run_configs(
-                argparse.Namespace(**vars(args) | flags),
+                args,
                 "myth6_micro_vit",
                 {name: config},
                 functools.partial(train, splits=splits, pick_engine=pick_engine),
                 digest,
                 lambda config: config["passes"] * config["train_size"],  # of a candidate, while choosing
                 together=True,
+                seeds=seeds,
                 engine=engine if config["network"] in CONVNETS else "torch",
             )
 
-    run(CHOICES, choose, seed=myth6.CHOOSING_SEEDS[0], seeds=len(myth6.CHOOSING_SEEDS))
-    found = myth6.chosen(args.out, CHOSEN, KEYS)
+    run(CHOICES, choose, myth6.CHOOSING_SEEDS)
+    found = myth6.best_values(args.out, CHOSEN, KEYS)
     if not args.smoke and found != CHOSEN:
         raise utils.RunFailed(f"validation chooses otherwise than CHOSEN: {found}")
     run(CONFIGS, train)

@@ -6,7 +6,7 @@ import numpy as np
 
 import utils
 from records import figures
-from records.tables import difference, markdown_table, mean_sd, published
+from records.tables import difference, markdown_table, mean_sd, paired, published
 from studies import myth6_common as myth6
 
 LOCALITY = "embedding", "relative", "window"  # attention that is told, in one way or another, what is near
@@ -39,20 +39,24 @@ def share(values, low, high):
 # Attention on MNIST-1D
 
 
+def more_right(run, other):
+    """By how many points a run's accuracy on fresh examples is above another's, seed by seed."""
+    return paired(other.by_seed("error", "fresh"), run.by_seed("error", "fresh"))
+
+
 def mixer_table(found, count):
-    """All networks that were trained on 4,000 examples in order."""
-    attention, dynamic = (found[f"{kind}-4000"].accuracies("fresh") for kind in ("attention", "dynamic"))
+    """All networks that were trained on 4,000 examples whose positions are not shuffled."""
+    attention, dynamic = (found[f"{kind}-4000"] for kind in ("attention", "dynamic"))
     rows = []
     for name, run in found.items():
         kind, _, ending = name.partition("-4000")
         if "-4000" not in name:
             continue
-        fresh = run.accuracies("fresh")
-        against = [own - other for own, other in zip(fresh, attention)]
+        fresh, ends = run.accuracies("fresh"), (attention.accuracies("fresh"), dynamic.accuracies("fresh"))
         cells = [f"{count(run.config):,}", f"{run.config['updates']:,}", f"{run.config['lr']:g}", len(fresh)]
         cells += [mean_sd(run.accuracies(split), ".1f") for split in ("train", "test", "fresh")]
-        cells += ["-" if name == "attention-4000" else difference(against)]
-        cells += [share(fresh, attention, dynamic) if kind in LOCALITY else "-"]
+        cells += ["-" if run is attention else difference(more_right(run, attention))]
+        cells += [share(fresh, *ends) if kind in LOCALITY else "-"]
         rows.append((f"{kind}{ending.replace('-', ', ')}", *cells))
     head = "mixer", "parameters", "updates", "lr", "n", "4,000 training", "1,000 test", "10,000 fresh"
     return markdown_table((*head, "minus attention", "of the gap to dynamic"), rows)
@@ -63,7 +67,7 @@ def size_table(found, kinds, sizes):
     rows = []
     for n in sizes:
         own = {kind: found[f"{kind}-{n}"].accuracies("fresh") for kind in kinds}
-        gap = [a - b for a, b in zip(own["dynamic"], own["attention"])]
+        gap = more_right(found[f"dynamic-{n}"], found[f"attention-{n}"])
         cells = (mean_sd(values, ".1f") for values in own.values())
         rows.append(
             (
@@ -85,11 +89,8 @@ def order_table(found, kinds):
     for kind in kinds:
         runs = found[f"{kind}-4000"], found[f"{kind}-shuffled"]
         cells = [mean_sd(run.accuracies(split), ".1f") for split in ("test", "fresh") for run in runs]
-        change = [b - a for a, b in zip(*(run.accuracies("fresh") for run in runs))]
-        against = [
-            a - b
-            for a, b in zip(runs[1].accuracies("fresh"), found["attention-shuffled"].accuracies("fresh"))
-        ]
+        change = more_right(runs[1], runs[0])
+        against = more_right(runs[1], found["attention-shuffled"])
         rows.append(
             (
                 kind,
@@ -142,23 +143,19 @@ def plot_accuracies(found, kinds, sizes, all_kinds):
 # The micro-ViT on the digits of 1989
 
 
-def misses(run, split="test"):
-    return [record["misses"] for record in run.final(split)]
-
-
 def miss_table(found, sizes):
     """Test misses of each network, and how many more they are than those of convolutional networks."""
     rows = []
     for name, run in found.items():
         data, network, *ending = name.split("-")
-        own, fit = misses(run), statistics.fmean(record["error"] for record in run.final("train"))
+        own, fit = run.by_seed("misses"), statistics.fmean(record["error"] for record in run.final("train"))
         cells = [data, f"{run.config['train_size']:,}", run.config["passes"]]
         cells += [f"{number:,}" for number in sizes(run.config)]
-        cells += [len(own), f"{fit:.2f}%", mean_sd(own, ".1f")]
+        cells += [len(own), f"{fit:.2f}%", mean_sd(list(own.values()), ".1f")]
         for other in ("convnet", "annealed", "published"):
             beside = found.get("-".join([data, other, *ending]))
-            against = beside and [a - b for a, b in zip(own, misses(beside))]
-            cells.append("-" if network == other or not beside else difference(against))
+            compared = beside and network != other
+            cells.append(difference(paired(own, beside.by_seed("misses"))) if compared else "-")
         rows.append((network, *cells))
     head = "network", "digits", "trained on", "passes", "parameters", "connections", "n", "training error"
     return markdown_table(
@@ -174,14 +171,14 @@ def gap_table(found):
         own = {}
         for network in ("annealed", "patch4", "stem", "mean"):
             if run := found.get("-".join([data, network, *ending])):
-                own[network] = misses(run)
-        gap = [a - b for a, b in zip(own["patch4"], own["annealed"])]
-        ratio = statistics.fmean(own["patch4"]) / statistics.fmean(own["annealed"])
+                own[network] = run.by_seed("misses")
+        values = {network: list(misses.values()) for network, misses in own.items()}
+        gap, rest = (paired(own[network], own["annealed"]) for network in ("patch4", "stem"))
+        ratio = statistics.fmean(values["patch4"]) / statistics.fmean(values["annealed"])
         closed = (
-            share(own[other], own["patch4"], own["annealed"]) if other in own else "-"
+            share(values[other], values["patch4"], values["annealed"]) if other in own else "-"
             for other in ("stem", "mean")
         )
-        rest = [a - b for a, b in zip(own["stem"], own["annealed"])]
         rows.append((name, len(gap), difference(gap), f"{ratio:.2f}", *closed, difference(rest)))
     head = "", "n", "patch4 minus annealed", "ratio", "stem closes", "mean closes", "stem minus annealed"
     return markdown_table(head, rows)
@@ -189,7 +186,7 @@ def gap_table(found):
 
 def plot_misses(found, names):
     """The test misses of all seeds on MNIST, beside the published ones of the convolutional network."""
-    values = [misses(found[f"mnist-{name}"]) for name in names]
+    values = [list(found[f"mnist-{name}"].by_seed("misses").values()) for name in names]
     labels = [name.replace("-long", f"\n{found[f'mnist-{name}'].config['passes']} passes") for name in names]
     title = f"MNIST, {found['mnist-patch4'].config['passes']} passes or as said, n = {len(values[0])}"
     figure = figures.ladder(values, labels, None, "misses of 2,007 test digits", title)

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
+HEIGHT = 900  # of the window, in pixels
+
 
 class Unavailable(Exception):
     """There is no browser; the message is one sentence that says what is missing."""
 
 
 @contextlib.contextmanager
-def chromium(width=1280, height=900, dark=False, still=True):
+def chromium(width=1280, still=True):
     """A Selenium driver of a headless Chromium whose logs keep the console and all network requests."""
     try:
         from selenium import webdriver
@@ -36,7 +38,7 @@ def chromium(width=1280, height=900, dark=False, still=True):
     options.binary_location = binary
     flags = [
         "headless=new",
-        f"window-size={width},{height}",
+        f"window-size={width},{HEIGHT}",
         "hide-scrollbars",
         "disable-gpu",
         "disable-dev-shm-usage",
@@ -49,10 +51,10 @@ def chromium(width=1280, height=900, dark=False, still=True):
     browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
     try:
         browser.set_script_timeout(300)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        scheme = {"name": "prefers-color-scheme", "value": "light"}
         motion = [{"name": "prefers-reduced-motion", "value": "reduce"}] * still
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme, *motion]})
-        resize(browser, width, height)
+        resize(browser, width, HEIGHT)
         yield browser
     finally:
         browser.quit()

@@ -58,7 +58,7 @@ def drawings(n, seed):
     """What `n` people with a mouse would draw: lists of lines of points (x, y) on the board, and labels.
 
     The digits of datasets/strokes.py, which the page's networks were not trained on, with another pen: their
-    slant, size, width, turn and place are drawn anew, and from wider ranges.
+    slant, size, width, turn and place are sampled anew, and from wider ranges.
     """
     rng, drawn = np.random.default_rng((seed, 20)), []
     labels = rng.integers(0, 10, n)

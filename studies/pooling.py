@@ -29,7 +29,7 @@ import torch
 import mnist1d_gen
 import utils
 from records import figures
-from records.tables import confidence_interval, difference, markdown_table, mean_sd, read_runs
+from records.tables import confidence_interval, difference, markdown_table, mean_sd, paired, read_runs
 from studies import common, mnist1d
 
 PAGE = utils.ROOT / "results" / "pooling" / "README.md"
@@ -140,8 +140,7 @@ def train(config, seeds, progress):
 
 def gains(found, kind, ending, split="test"):
     """The accuracy with this pooling minus that without any, seed by seed."""
-    both = (found[f"{name}-{ending}"].accuracies(split) for name in (kind, "none"))
-    return [one - other for one, other in zip(*both)]
+    return paired(*(found[f"{name}-{ending}"].by_seed("error", split) for name in ("none", kind)))
 
 
 def published(kind, n):

@@ -269,7 +269,7 @@ class Search:
 # Scores
 
 
-def targets_of_search():
+def published_numbers():
     """The published numbers (4,), in the order of NUMBERS."""
     row = utils.reference("lecun1989")["result"]
     return np.array([published(row[name]) for name in NUMBERS])
@@ -283,7 +283,7 @@ def under(numbers, convention):
 def matched(numbers, convention):
     """Which published numbers lie in the central 95% of numbers (n, 4): four booleans."""
     low, high = np.quantile(under(numbers, convention), (0.025, 0.975), axis=0)
-    return (low <= targets_of_search()) & (targets_of_search() <= high)
+    return (low <= published_numbers()) & (published_numbers() <= high)
 
 
 def passes(numbers):
@@ -299,7 +299,7 @@ def score(numbers):
     for name in CONVENTIONS:
         ours = under(numbers, name)
         spread = np.maximum(ours.std(axis=0, ddof=1), 1e-12)
-        found.append((float(abs((targets_of_search() - ours.mean(axis=0)) / spread).max()), name))
+        found.append((float(abs((published_numbers() - ours.mean(axis=0)) / spread).max()), name))
     return min(found)
 
 
@@ -370,7 +370,7 @@ def plot(search, named, path):
             label = f"{name}, {'half the ' * (convention == 'half')}mean square"
             clouds[label] = under(numbers, convention)
     title = f"{search.run.config['data']}, {len(search.budget['fresh'])} fresh seeds each"
-    figures.save(figures.clouds(clouds, targets_of_search(), title), path)
+    figures.save(figures.clouds(clouds, published_numbers(), title), path)
 
 
 @utils.exit_status

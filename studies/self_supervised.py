@@ -255,7 +255,7 @@ def fit_logistic(x, labels, penalty, tolerance, most=1_000):
 
 
 def values(run, quantity, number=-1):
-    """A quantity of each seed, in its last test record, or in that of another place."""
+    """A quantity of each seed, in its last test record, or in test record `number`."""
     every = ([r for r in own if r["split"] == "test"] for _, own in sorted(run.records.items()))
     return [own[number][quantity] for own in every]
 

@@ -28,7 +28,7 @@ import torch
 import mnist1d_gen
 import utils
 from records import figures
-from records.tables import markdown_table, mean_sd, published, read_runs, student_t, write_tables
+from records.tables import markdown_table, mean_sd, published, read_runs, student_t
 from studies import common, mnist1d
 
 ORDERS = "ordered", "shuffled"
@@ -88,7 +88,7 @@ def gru(p, x):
     return mnist1d.linear(p, "out", states.reshape(len(x), -1, x.shape[2]))
 
 
-# model -> its forward pass and its parameters, which are drawn in this order
+# model -> its forward pass and its parameters, which are sampled in this order
 MODELS = {
     "logistic": (mnist1d.logistic, mnist1d.layer("out", 40, 10)),
     "mlp-100": (mnist1d.mlp, mnist1d.mlp_shapes(100)),
@@ -290,12 +290,10 @@ def main(argv=None):
             device=args.device,
         )
     figures.save(curves(found), args.out / "spatial_priors.png")
-    shown = tables(args.out)
-    print(*shown.values(), sep="\n\n")
     if args.out == PAGE.parent:
         data, arguments = mnist1d_gen.make_dataset(), mnist1d_gen.Arguments()
         mnist1d_gen.draw_picture(args.out / "mnist1d.png", data, arguments)
-        write_tables(PAGE, shown)
+    common.show(args, PAGE, tables(args.out))
 
 
 if __name__ == "__main__":

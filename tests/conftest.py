@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import prepro
+import utils
 from kernels import build
 
 torch.set_num_threads(1)  # as the scripts have it; two threads on a busy machine wait for each other
@@ -24,8 +25,10 @@ NO_NETWORK = {
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch):
     """Undo what a script may set for its whole process: oneDNN switched off, and the opener of URLs, which
-    keeps the proxies of its first request. PyTorch's random numbers do not depend on the tests before."""
+    keeps the proxies of its first request. Neither PyTorch's random numbers nor the notices that are printed
+    once depend on the tests before."""
     torch.manual_seed(0)
+    utils.notice.cache_clear()
     monkeypatch.setattr(urllib.request, "_opener", None)
     enabled = torch.backends.mkldnn.enabled
     yield
@@ -108,6 +111,19 @@ def one_sentence(text, *parts):
     assert len(lines) == 1, text
     for part in parts:
         assert str(part) in lines[0]
+
+
+def tracked(pattern, folder=ROOT):
+    """The files below a folder that git knows of, as paths; skips the test where this is no checkout.
+
+    A user's own runs are nobody's claim.
+    """
+    listing = subprocess.run(["git", "ls-files", pattern], cwd=folder, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip(f"git lists no files here: {listing.stderr.strip()}")
+    paths = [folder / line for line in listing.stdout.splitlines()]
+    assert paths, f"git knows of no {pattern} in {folder}"
+    return paths
 
 
 def real_root(name):

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from conftest import ROOT, one_sentence, run_script
+from conftest import ROOT, one_sentence, run_script, tracked
 
 import bench
+import modern
 import repro
 import utils
 from datasets import strokes
@@ -23,6 +24,11 @@ def pages(tmp_path, monkeypatch):
     (tmp_path / "bench" / "README.md").write_text("# Speed\n<!-- bench: begin -->\n<!-- bench: end -->\n")
     (tmp_path / "README.md").write_text("# Us\n<!-- speed: begin -->\n<!-- speed: end -->\n")
     return tmp_path
+
+
+def committed_record():
+    (path,) = tracked("*.json", ROOT / "results" / "bench")
+    return json.loads(path.read_text())
 
 
 @pytest.mark.quick
@@ -58,7 +64,7 @@ def test_the_usual_loop_trains_the_same_network():
 
 @pytest.mark.quick
 def test_nothing_is_written_without_being_asked_for(pages, monkeypatch, capsys):
-    (record,) = bench.read_records(ROOT / "results" / "bench")
+    record = committed_record()
     monkeypatch.setattr(bench, "measure", lambda rounds, *_: record if rounds == 9 else pytest.fail("rounds"))
     before = {path: path.read_bytes() for path in pages.rglob("*.*") if path.is_file()}
     assert bench.main([]) == 0
@@ -100,8 +106,56 @@ def test_a_record_holds_what_was_measured_and_the_pages_show_it(pages, monkeypat
 
 
 @pytest.mark.quick
+def test_times_are_medians_and_ratios_are_taken_round_by_round(monkeypatch):
+    """By a clock that the work alone moves. The first turn of each warms up: an hour that does not count."""
+    now = [0.0]
+
+    def takes(*seconds):
+        own = iter([3600, *seconds])
+        return lambda: now.__setitem__(0, now[0] + next(own))
+
+    rows = {bench.USUAL: (1, 1000, takes(6, 2, 4)), "C engine, 2 cores": (2, 4000, takes(1, 1, 8))}
+    ff_rows = {"2x500": (1, 100, takes(4, 4, 4)), "2x500, 2 cores": (2, 100, takes(2, 1, 4))}
+    monkeypatch.setattr(bench, "contenders", lambda *_: rows)
+    monkeypatch.setattr(bench, "modern_contenders", lambda *_: {})
+    monkeypatch.setattr(bench, "ff_contenders", lambda *_: ff_rows)
+    monkeypatch.setattr(bench, "recognizers", lambda *_: {"normalised": (500, takes(5, 1, 2))})
+    monkeypatch.setattr(bench, "measure_peak", iter([3e9, 1e9, 2e9]).__next__)
+    monkeypatch.setattr(bench.build, "compiler_version", lambda: "cc")
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    record = bench.measure(3, 10, True)
+    usual, fast = record["rows"]
+    assert (usual["microseconds"], usual["ratio"]) == pytest.approx((4000, 1))
+    assert usual["fastest_and_slowest"] == pytest.approx([2000, 6000])
+    assert (fast["microseconds"], fast["ratio"]) == pytest.approx((250, 8))  # of 24, 8 and 2; not 4000 / 250
+    assert [row["ratio"] for row in record["ff_rows"]] == pytest.approx([1, 2])  # to the same on one core
+    assert record["digits_recognised_a_second"] == {"normalised": pytest.approx(250)}
+    assert record["peak_gflops"] == pytest.approx(2)
+
+
+def test_contenders_present_as_many_digits_as_they_say(monkeypatch):
+    shown = []
+    for owner in (bench.Convnet1989, repro.TorchEngine):
+        monkeypatch.setattr(owner, "train_pass", lambda self, p, images, *rest: shown.append(len(images)))
+    monkeypatch.setattr(modern.CReplica, "train_pass", lambda self, images, *_: shown.append(len(images)))
+    monkeypatch.setattr(
+        modern.TorchReplicas,
+        "train_pass",
+        lambda self, images, *_: shown.append(len(self.seeds) * len(images)),
+    )
+    for name in ("plain_pass", "plain_modern_pass"):
+        monkeypatch.setattr(bench, name, lambda p, optimizer, images, *_: shown.append(len(images)))
+    digits = strokes.draw_digits(30, 1)
+    for entered in (bench.contenders(*digits), bench.modern_contenders(*digits)):
+        for name, (_, presentations, work) in entered.items():
+            shown.clear()
+            work()
+            assert sum(shown) == presentations > 0, name
+
+
+@pytest.mark.quick
 def test_the_cells_follow_from_the_record():
-    (bench_record,) = bench.read_records(ROOT / "results" / "bench")
+    bench_record = committed_record()
     paper = utils.reference("lecun1989")["sizes"]
     (_, rows), (_, modern_rows), (_, ff_rows) = bench.make_tables(bench_record)
     measured = {row["name"]: row for row in bench_record["rows"]}

@@ -1,6 +1,7 @@
 """What studies/common.py gives all studies: flags, of which each refuses those that it does not use."""
 
 import importlib
+import re
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ from studies import common
 
 pytestmark = pytest.mark.quick
 SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "studies").glob("*.py")}
-FLAGGED = "common.study_flags(", "from studies.ff_common import"  # ff_common.py adds and uses those flags
+BY_FF_COMMON = {
+    name for name, text in SOURCES.items() if re.search(r'\brun\(\s*"ff_', text)
+}  # adds the flags
 STUDIES = sorted(
-    name for name, text in SOURCES.items() if "def main(" in text and any(words in text for words in FLAGGED)
+    name
+    for name, text in SOURCES.items()
+    if "def main(" in text and ("common.study_flags(" in text or name in BY_FF_COMMON)
 )
 GIVEN = {
     "data_root": ["--data-root", "/"],
@@ -55,7 +60,7 @@ def test_a_study_refuses_what_it_does_not_use_before_it_writes(name, tmp_path, m
         assert study.main([*GIVEN[flag], "--smoke", "--out", str(tmp_path / "out")]) == 2
         one_sentence(capsys.readouterr().err, GIVEN[flag][0], *words)
 
-    source = SOURCES[name] + SOURCES["ff_common"] * ("from studies.ff_common import" in SOURCES[name])
+    source = SOURCES[name] + SOURCES["ff_common"] * (name in BY_FF_COMMON)
     unused = {flag for flag in ("data_root", "device", "engine") if f"args.{flag}" not in source}
     for flag in unused:
         refused(flag, "leave it out")
@@ -66,7 +71,7 @@ def test_a_study_refuses_what_it_does_not_use_before_it_writes(name, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
-CHOOSING = [name for name in STUDIES if "add_configs_flag(" in SOURCES[name] or FLAGGED[1] in SOURCES[name]]
+CHOOSING = [name for name in STUDIES if "add_configs_flag(" in SOURCES[name] or name in BY_FF_COMMON]
 
 
 @pytest.mark.parametrize("name", CHOOSING)

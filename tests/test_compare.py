@@ -4,6 +4,7 @@ import csv
 import functools
 import itertools
 import json
+import math
 import re
 import shutil
 import statistics
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, one_sentence
+from conftest import ROOT, one_sentence, tracked
 
 import compare
 import forward_forward
@@ -23,7 +24,7 @@ import repro
 import utils
 from records import run as runs_module
 from records import tables
-from studies import common
+from studies import common, other_networks_1989
 
 SOURCES = {source: utils.reference(source) for source in compare.SOURCES}
 GENUINE = utils.reference("datasets")
@@ -415,6 +416,22 @@ def test_runs_lists_them(tmp_path, capsys):
     assert [line.split()[:2] for line in lines[1:]] == [["repro/mnist", "10"], ["repro/usps-recovered", "10"]]
 
 
+def test_runs_has_errors_date_and_commit_and_diff_falls_back_to_our_first_seed(tmp_path, capsys):
+    path = write_run(tmp_path, "mnist", MNIST, {5: (9, 84), 3: (7, 80)})
+    sessions = [
+        {"started": f"202{k}-01-02T03:04:05Z", "commit": f"{k}" * 40, "seconds": {f"{k}": 1.0}}
+        for k in (3, 5)
+    ]
+    path.with_suffix(".run.json").write_text(json.dumps({"sessions": sessions}))
+    assert compare.main(["--results", str(tmp_path), "--runs"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()[1:]
+    assert line.split() == ["repro/mnist", "2", "4.09%", "±", "0.14", "2025-01-02", "5555555"]
+    assert compare.main(["--results", str(tmp_path), "--diff"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["--- karpathy2022.repro", "+++ repro/mnist, seed 3"]
+    assert "+eval: split test . loss 2.838000e-02. error 3.99%. misses: 80" in lines
+
+
 def test_check_tells_what_is_outside_and_not_expected(tmp_path, capsys):
     write_run(tmp_path, "near", MNIST, NEAR)
     write_run(tmp_path, "usps", repro.make_config(data="usps"), FAR)
@@ -537,6 +554,25 @@ def test_the_joint_picture(tmp_path, capsys):
 
 
 @quick
+def test_each_row_counts_once_and_not_where_it_is_expected_to_differ(tmp_path):
+    """In the joint picture: of 1989's three readings the first. The dense network is expected to differ."""
+    for preset in ("recovered", "literal", "karpathy"):
+        seeds = {seed: (10, 98 + seed % 3) for seed in range(10)}
+        write_run(tmp_path, preset, repro.make_config(preset, "usps"), seeds)
+    dense = other_networks_1989.CONFIGS["40-hidden-units"]
+    write_run(tmp_path, "dense", dense, FAR, script="other_networks_1989")
+    readings = collected(tmp_path)
+    found = [(r, compare.headline(compare.compare(r.row, r.runs[0]))) for r in readings if r.runs]
+    assert {f"{r.name}:{r.number}": each.verdict for r, each in found if each} == {
+        "lecun1989.result:0": "outside",
+        "lecun1989.result:1": "outside",
+        "lecun1989.result:2": "outside, as expected",
+        "lecun1989.fully-connected:0": "outside, as expected",
+    }
+    assert compare.joint(readings) == {"lecun1989": (0, 1)}
+
+
+@quick
 def test_yes_partly_or_no():
     def found(*verdicts, quantity="test_misses", published=1):
         return [compare.Comparison(quantity, published, OURS, None, None, verdict) for verdict in verdicts]
@@ -564,12 +600,7 @@ def test_durations():
 @functools.cache
 def committed():
     """The runs that git knows of: a user's own are on no page."""
-    listing = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True)
-    paths = sorted(
-        ROOT / line for line in listing.stdout.splitlines() if re.fullmatch(r"[^/]+/[^/]+/[^/]+\.jsonl", line)
-    )
-    if not paths:
-        pytest.skip("this is not a git checkout")
+    paths = sorted(path for path in tracked("results/*/*.jsonl") if path.parent.parent == ROOT / "results")
     runs = [compare.read_complete_run(path) for path in paths]
     return runs, compare.read_readings(runs)
 
@@ -598,9 +629,16 @@ def test_the_comparisons_follow_from_the_files(capsys):
         if row["verdict"] != "same realisation":
             assert int(row["n"]) == len(ours)
             assert float(row["mean"]) * scale == pytest.approx(statistics.fmean(ours))
-            if row["verdict"] == "outside" and not published.get("sd_seeds"):
-                deviation = abs(float(row["published"]) * scale - statistics.fmean(ours))
-                assert deviation > 1.9 * statistics.stdev(ours)
+            assert (row["low"] == "") == (len(ours) < 5)
+            if row["low"] and row["published"]:
+                low, high, value = (float(row[key]) for key in ("low", "high", "published"))
+                if not published.get("sd_seeds"):
+                    mean, sd = statistics.fmean(ours) / scale, statistics.stdev(ours) / scale
+                    reach = tables.student_t(0.975, len(ours) - 1) * sd * math.sqrt(1 + 1 / len(ours))
+                    assert (low, high) == pytest.approx((mean - reach, mean + reach))
+                room = published.get("printed_to", 0) / 2 + 1e-9
+                inside = low - room <= value <= high + room
+                assert row["verdict"].startswith("inside" if inside else "outside")
 
 
 def test_every_claim_has_its_run():
@@ -676,9 +714,9 @@ def test_no_page_is_stale():
         assert timeless(filled) == timeless(page), f"{name} is stale: run python compare.py --markdown"
 
 
-def test_check_passes_on_what_is_committed(capsys):
-    committed()
-    assert compare.main(["--check"]) == 0, capsys.readouterr().err
+def test_check_passes_on_what_is_committed():
+    runs, readings = committed()
+    compare.check(readings, runs, [])
 
 
 def test_every_published_change_is_between_our_seeds():

@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import threading
 from pathlib import Path
@@ -33,7 +32,15 @@ from records import ranks, waves, weights
 from records import run as runs
 from studies import more_data
 
-pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+
+def has_compiler():
+    try:
+        return bool(build.find_compiler())
+    except build.Unavailable:
+        return False
+
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C compiler")
 
 
 def has_nvrtc():
@@ -604,7 +611,6 @@ def test_a_kernel_that_cannot_be_had(what, part, gpu, tmp_path, monkeypatch, cap
     for script in (repro, modern):
         said = refusal(script, CUDA, tmp_path, capsys)
         one_sentence(said, f"{script.__name__}.py: --engine cuda", part, "--engine torch")
-    utils.notice.cache_clear()
     config = modern.make_config(4, "strokes")
     for _ in range(2):  # auto takes PyTorch, and says so once
         assert modern.pick_gpu("auto", "cuda", config) is None
@@ -619,7 +625,6 @@ def test_auto_is_the_kernel_where_it_is_made_for_the_config(gpu, tmp_path, capsy
     for name, device in (("torch", "cuda"), ("auto", "cpu"), ("c", "cpu"), ("torch", "cpu")):
         assert modern.pick_gpu(name, device, modern.make_config(4)) is None
         assert repro.pick_gpu(name, device, repro.make_config()) is None
-    utils.notice.cache_clear()
     assert repro.pick_gpu("auto", "cuda", repro.make_config(h2_scheme="random")) is None
     one_sentence(capsys.readouterr().err, "--h2-scheme random", "PyTorch trains instead")
 

@@ -315,8 +315,9 @@ def test_seeds_that_one_width_has_more_are_in_its_row_alone(fake_runs):
 @pytest.mark.quick
 def test_inside_is_the_interval_of_one_more_value():
     ours = [10.0, 11.0, 12.0, 13.0, 14.0]  # 12 ± 2.776445 * sqrt(2.5 * 1.2) is 7.19 to 16.81
-    assert [double_descent.inside(value, ours) for value in (7.15, 16.85)] == ["inside"] * 2
-    assert [double_descent.inside(value, ours) for value in (7.1, 16.9)] == ["**outside**"] * 2
+    assert [double_descent.inside(value, ours, 0.1) for value in (7.15, 16.85)] == ["inside"] * 2
+    assert [double_descent.inside(value, ours, 0.1) for value in (7.1, 16.9)] == ["**outside**"] * 2
+    assert [double_descent.inside(value, ours, 0.01) for value in (7.15, 16.85)] == ["**outside**"] * 2
 
 
 @pytest.mark.quick

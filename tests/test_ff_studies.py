@@ -8,12 +8,12 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, one_sentence
+from conftest import ROOT, one_sentence, tracked
 from torch import nn
 
 import forward_forward as ff
 from records.run import read_run
-from studies import common, ff_memory, ff_sleep, ff_sweep, ff_time
+from studies import common, ff_common, ff_memory, ff_sleep, ff_sweep, ff_time
 
 STUDIES = {"ff_sweep": ff_sweep, "ff_sleep": ff_sleep, "ff_memory": ff_memory, "ff_time": ff_time}
 CONFIG = ff_sweep.BASE | {"width": 17, "passes": 2, "batch_size": 50, "negatives": "random", "lr": 0.02}
@@ -27,7 +27,7 @@ def nothing(n):
 
 def network_of(engine=None, seed=0, **changes):
     """A network whose biases are not 0."""
-    network = ff.Network(INPUTS, ff_sweep.network_config(CONFIG | changes), seed, engine)
+    network = ff.Network(INPUTS, ff_common.network_config(CONFIG | changes), seed, engine)
     generator = torch.Generator().manual_seed(seed + 1)
     for layer in network.layers:
         layer.biases.normal_(0, 0.3, generator=generator)
@@ -496,7 +496,7 @@ def test_the_page_and_the_files_are_those_of_the_study(name, study):
     folder = ROOT / "results" / name
     page = study.PAGE.read_text()
     configs = {"cpu": ff_memory.CONFIG} if study is ff_memory else study.CONFIGS
-    assert {path.stem for path in folder.glob("*.jsonl")} == set(configs)
+    assert {path.stem for path in tracked("*.jsonl", folder)} == set(configs)
     for config_name, config in configs.items():
         run = read_run(folder / f"{config_name}.jsonl")
         if study is ff_memory:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, one_sentence
+from conftest import ROOT, one_sentence, tracked
 
 import forward_forward as ff
 import prepro
@@ -867,7 +867,7 @@ COMMITTED = {
 def test_committed_runs_are_of_the_config_that_their_names_say():
     """A preset that is changed makes its committed run stale: train it again, or give it another name."""
     folder = ROOT / "results" / "forward_forward"
-    assert {path.stem for path in folder.glob("*.jsonl")} == set(COMMITTED)
+    assert {path.stem for path in tracked("*.jsonl", folder)} == set(COMMITTED)
     for name, changes in COMMITTED.items():
         run = runs.read_run(folder / f"{name}.jsonl")
         assert run.config == ff.make_config(**changes)._asdict(), f"{name} is stale"

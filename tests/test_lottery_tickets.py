@@ -446,7 +446,7 @@ def test_pairs_are_of_the_same_seed():
     one, other = (
         [{"seed": s, "error": e} for s, e in own] for own in ([(1, 30), (2, 20)], [(2, 25), (0, 9)])
     )
-    assert page.paired(one, other) == [5]
+    assert page.gains(one, other) == [5]
 
 
 @pytest.mark.quick

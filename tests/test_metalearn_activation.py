@@ -1,17 +1,18 @@
 """The learned activation: its curves and gradients against exact ones, its training against torch.nn."""
 
 import functools
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_sentence, run_study
+from conftest import one_sentence, run_study, sanitizing
 from torch import nn
 
 import mnist1d_gen
 import utils
-from kernels import build
+from kernels import build, inner_training
 from records import tables
 from studies import activation_cnn, activation_page, mnist1d
 from studies import learned_activation as method
@@ -615,13 +616,16 @@ def test_the_committed_runs_are_complete():
 
 
 def test_a_smoke_run_resumes_and_refuses(tmp_path, monkeypatch, capsys):
-    flags = ["--smoke", "--quiet", "--threads", "1", "--seeds", "2", "--out", str(tmp_path)]
+    # Three meta-seeds, and two networks for each function: no table may mix them up.
+    flags = ["--smoke", "--quiet", "--threads", "1", "--seeds", "3", "--out", str(tmp_path)]
     done = run_study("metalearn_activation", *flags, DROSOPHILA_DATA=tmp_path / "nothing")
     assert done.returncode == 0, done.stderr
     assert "CNNs of mnist28 are left out" in done.stderr and "| learned |" in done.stdout
     assert (tmp_path / "metalearn_activation.png").stat().st_size > 10_000
     names = {path.stem for path in tmp_path.glob("*.jsonl")}
     assert names == {name for name in study.CONFIGS if name.split("-")[0] in ("learned", "original", "fair")}
+    seeds = {name: sorted(run.records) for name, run in tables.read_runs(tmp_path).items()}
+    assert seeds["fair-relu"] == [0, 1] and seeds["fair-learned"] == seeds["original-relu"] == [0, 1, 2]
     first = {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
     assert study.main([*flags, "--configs", "learned"]) == 0 and capsys.readouterr().err == ""
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == first
@@ -629,3 +633,45 @@ def test_a_smoke_run_resumes_and_refuses(tmp_path, monkeypatch, capsys):
     method.training_in_c.cache_clear()
     assert study.main([*flags, "--engine", "c"]) == 2
     one_sentence(capsys.readouterr().err, "--engine c", "--engine torch")
+
+
+PROGRAM = """
+#include <stdlib.h>
+
+enum { STEPS = 4, LATE = 2, BATCHES = 2, CELLS = 6 };
+
+int main(void) {  // no array is longer than it has to be
+    float *coefficients = calloc(CELLS * 4, sizeof(float));
+    float *of_coefficients = calloc(CELLS * 4, sizeof(float));
+    float *signals = calloc(BATCHES * INPUTS * LENGTH, sizeof(float));
+    float *shifts = calloc(STEPS * HIDDEN, sizeof(float)), *initial = calloc(PARAMETERS, sizeof(float));
+    float *tape = calloc(STEPS * 3 * PARAMETERS, sizeof(float)), *last = calloc(PARAMETERS, sizeof(float));
+    float *losses = calloc(STEPS, sizeof(float)), *of_constants = calloc(STEPS, sizeof(float));
+    int32_t *labels = calloc(BATCHES * LENGTH, sizeof(int32_t));
+    for (int k = 0; k < BATCHES * LENGTH; k++) labels[k] = k % LENGTH < EXAMPLES ? k % CLASSES : -1;
+    for (int k = 0; k < BATCHES * INPUTS * LENGTH; k++) signals[k] = (k % 41) - 20;  // beyond both ends
+    for (int k = 0; k < CELLS * 4; k++) coefficients[k] = 0.1f * (k % 7);
+    for (int k = 0; k < PARAMETERS; k++) initial[k] = 0.3f * (k % 5) - 0.6f;
+    train_and_differentiate(STEPS, LATE, BATCHES, CELLS, -3, 1, 0.01f, 0.4f, 1e-8f, coefficients, signals,
+                            labels, shifts, initial, tape, losses, last, of_coefficients, of_constants);
+    float points[3] = {-1e9f, 0, 1e9f}, values[3], slopes[3];
+    interpolate(1, 3, CELLS, -3, 1, coefficients, points, values, slopes);
+    free(coefficients), free(of_coefficients), free(signals), free(shifts), free(initial), free(tape);
+    free(last), free(losses), free(of_constants), free(labels);
+    return 0;
+}
+"""
+
+
+@pytest.mark.parametrize("examples", [9, 16])
+def test_sanitizers_find_nothing(examples, tmp_path):
+    """In the C code as a program of its own: nothing beyond an array is read or written."""
+    compiler, sanitize = sanitizing(tmp_path)
+    (tmp_path / "program.c").write_text(f'#include "{inner_training.SOURCE}"\n{PROGRAM}')
+    target, _ = build.resolve_target(compiler, None)
+    sizes = {"INPUTS": 3, "HIDDEN": 5, "CLASSES": 10, "EXAMPLES": examples}
+    flags = [*build.MATHS, *target, *sanitize, *(f"-D{name}={value}" for name, value in sizes.items()), "-O1"]
+    program = tmp_path / "program"
+    subprocess.run([*compiler, *flags, tmp_path / "program.c", "-lm", "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr

@@ -2,13 +2,14 @@
 
 import itertools
 import platform
+import subprocess
 import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_sentence, real_root
+from conftest import one_sentence, real_root, sanitizing
 from torch import nn
 
 import prepro
@@ -409,8 +410,8 @@ def test_the_table_of_removal():
         ("random-30", [4, 6, 8]),
         ("most-30", [9, 9, 9]),
     ):
-        final = [{"error": error} for error in errors]
-        found[f"cifar10-{name}"] = types.SimpleNamespace(final=lambda split, final=final: final)
+        found[f"cifar10-{name}"] = run = runs.Run(f"{name}.jsonl", "myth4_forgetting", {}, "")
+        run.records = {seed: [{"seed": seed, "split": "test", "error": e}] for seed, e in enumerate(errors)}
     lines = forgetting_page.removal_table(found).splitlines()[2:]
     assert lines[0].startswith("| cifar10 | 0% | 2.00 ± 1.00 | 2.00 ± 1.00 |")
     cells = "3.00 ± 1.00 | 6.00 ± 2.00 | 9.00 ± 0.00 | +3.00 (+0.52 to +5.48) | +1.00 (+1.00 to +1.00)"
@@ -481,3 +482,43 @@ def test_what_it_cannot_do(tmp_path, capsys, little_data):
     out = ["--out", str(tmp_path / "out"), "--quiet"]
     assert myth4_forgetting.main([*out, "--configs", "mnist-least-30"]) == 2
     one_sentence(capsys.readouterr().err, "mnist.jsonl")
+
+
+PROGRAM = """
+#include <stdlib.h>
+
+static void *take(size_t size) {  // at an address as the wrapper gives it, and not a byte longer
+    void *p;
+    if (posix_memalign(&p, 64, size)) exit(2);
+    return memset(p, 0, size);
+}
+
+int main(void) {
+    for (int64_t n = 1; n < 40; n += 18) {  // examples that fill no tile, and more than one
+        struct network *w = take(sizeof *w), *v = take(sizeof *v);
+        struct workspace *a = take(sizeof *a);
+        float *images = take(3 * INPUTS * AREA * sizeof *images);
+        int64_t *labels = take(3 * sizeof *labels), *order = take(n * sizeof *order);
+        uint8_t *right = take(n);
+        labels[1] = CLASSES - 1;
+        for (int64_t i = 0; i < n; i++) order[i] = i % 3;
+        for (int64_t batch = 0; batch < 15; batch += 7)
+            present(w, v, images, labels, order, n, batch, 0.1f, 0.5f, right, a);
+        free(w), free(v), free(a), free(images), free(labels), free(order), free(right);
+    }
+    return 0;
+}
+"""
+
+
+def test_sanitizers_find_nothing(tmp_path):
+    """In the C code as a program of its own: nothing beyond an array is read or written."""
+    compiler, sanitize = sanitizing(tmp_path)
+    (tmp_path / "program.c").write_text(f'#include "{convnet_sgd.SOURCE}"\n{PROGRAM}')
+    target, _ = build.resolve_target(compiler, None)
+    sizes = {"SIDE": 16, "INPUTS": 3, "MAPS1": 10, "MAPS2": 20, "HIDDEN": 5, "_POSIX_C_SOURCE": "200809L"}
+    flags = [*build.MATHS, *target, *sanitize, *(f"-D{name}={value}" for name, value in sizes.items()), "-O1"]
+    program = tmp_path / "program"
+    subprocess.run([*compiler, *flags, tmp_path / "program.c", "-lm", "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr

@@ -229,7 +229,7 @@ def test_the_choice(tmp_path):
         lines += [{"seed": seed, **record, "n": 800, "error": record["misses"] / 8} for record in own]
     (tmp_path / "choose-a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert myth6.validation_misses(tmp_path, "a", ("lr",)) == {(3e-3,): 10, (1e-2,): 18, (1e-3,): 14}
-    assert myth6.chosen(tmp_path, ["a"], ("lr",)) == {"a": {"lr": 3e-3}}
+    assert myth6.best_values(tmp_path, ["a"], ("lr",)) == {"a": {"lr": 3e-3}}
 
 
 # The page and the program
@@ -251,7 +251,7 @@ def test_the_committed_runs_are_complete():
         assert sorted(run.records) == seeds
         for split, n in ("train", run.config["train_size"]), ("fresh", 10_000), ("test", 1_000):
             assert name.startswith("choose") or [r["n"] for r in run.final(split)] == 5 * [n]
-    chosen = myth6.chosen(folder, myth6_attention.CHOSEN, myth6_attention.KEYS)
+    chosen = myth6.best_values(folder, myth6_attention.CHOSEN, myth6_attention.KEYS)
     assert chosen == myth6_attention.CHOSEN
 
 

@@ -293,7 +293,7 @@ def test_the_committed_runs_are_complete():
         seeds = list(myth6.CHOOSING_SEEDS) if name.startswith("choose") else list(range(10))
         assert sorted(run.records) == seeds
         assert name.startswith("choose") or [r["n"] for r in run.final("test")] == 10 * [2_007]
-    assert myth6.chosen(folder, myth6_micro_vit.CHOSEN, myth6_micro_vit.KEYS) == myth6_micro_vit.CHOSEN
+    assert myth6.best_values(folder, myth6_micro_vit.CHOSEN, myth6_micro_vit.KEYS) == myth6_micro_vit.CHOSEN
 
 
 @pytest.mark.filterwarnings("error")

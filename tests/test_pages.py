@@ -2,10 +2,9 @@
 
 import importlib
 import re
-import subprocess
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tracked
 
 from records import tables
 
@@ -31,22 +30,17 @@ def test_every_link_of_a_page_leads_somewhere(page):
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
     pictures = [link for link in links if link.endswith(".png")]
-    tracked = subprocess.run(["git", "ls-files", "*.png"], cwd=ROOT, capture_output=True, text=True).stdout
-    named = [((ROOT / page).parent / picture).resolve().relative_to(ROOT).as_posix() for picture in pictures]
-    assert set(named) <= set(tracked.split("\n"))
+    assert {((ROOT / page).parent / picture).resolve() for picture in pictures} <= set(tracked("*.png"))
 
 
 @pytest.mark.quick
 def test_every_committed_picture_is_shown_on_a_page():
-    tracked = subprocess.run(
-        ["git", "ls-files", "*.png"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.split()
     shown = {
-        ((ROOT / page).parent / link).resolve().relative_to(ROOT).as_posix()
+        ((ROOT / page).parent / link).resolve()
         for page in PAGES
         for link in re.findall(r"\]\(([^)]+\.png)\)", (ROOT / page).read_text(encoding="utf-8"))
     }
-    assert set(tracked) == shown
+    assert set(tracked("*.png")) == shown
 
 
 @pytest.mark.quick

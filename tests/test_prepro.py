@@ -524,3 +524,46 @@ def test_flags_that_do_not_go_together(tmp_path, capsys):
         prepro.main(["--data", "emnist"])
     assert stop.value.code == 2
     one_sentence(capsys.readouterr().err, "--data", "emnist")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("data, draw", [("usps", None), ("mnist", "test-first"), ("mnist", "train-first")])
+def test_prepared_digits_are_the_published_number_of_each_class(data, draw, tmp_path):
+    """Written whole, with the right checksum: only the counts tell that they are other digits."""
+    counts, path = COUNTS["draws"][draw] if draw else COUNTS[data], tmp_path / "set.npz"
+    splits = ("train", "test")
+    labels = {s: np.repeat(np.arange(10), counts.get(f"{s}_counts", [200] * 10)) for s in splits}
+    first = counts.get("first_test_labels", [])
+    for place, label in enumerate(first):
+        at = place + int(np.flatnonzero(labels["test"][place:] == label)[0])
+        labels["test"][[place, at]] = labels["test"][[at, place]]
+
+    def write(train, test):
+        arrays = [a for y in (train, test) for a in (np.zeros((len(y), 16, 16), np.float32), y)]
+        how = {"data": data, "sources": {}} | ({"draw": draw} if draw else {})
+        prepro.write(prepro.Digits(*arrays, how), path)
+
+    write(**labels)
+    prepro.read(path)
+    for split in (s for s in splits if f"{s}_counts" in counts):
+        other = labels[split].copy()
+        other[-1] = (other[-1] + 1) % 10
+        write(**labels | {split: other})
+        with pytest.raises(utils.BadRequest, match=f"the {split} digits are not the published number"):
+            prepro.read(path)
+    if first:
+        swapped = labels["test"].copy()
+        swapped[[0, 1]] = swapped[[1, 0]]
+        write(**labels | {"test": swapped})
+        with pytest.raises(utils.BadRequest, match="the first test labels are not the published ones"):
+            prepro.read(path)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "data, flag", [("usps", "--train-size"), ("usps", "--test-size"), ("mnist", "--test-size")]
+)
+def test_sizes_that_a_set_does_not_come_in(data, flag, tmp_path, capsys):
+    assert prepro.main(["--data", data, flag, "100", "--out", str(tmp_path / "out")]) == 2
+    one_sentence(capsys.readouterr().err, data, flag, "leave it out")
+    assert not (tmp_path / "out").exists()

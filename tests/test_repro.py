@@ -447,14 +447,18 @@ def test_committed_runs_begin_as_this_code_does(name, preset, data, draw, seed):
 @pytest.mark.parametrize("name", ["mnist", "mnist-train-first", "usps"])
 @pytest.mark.quick
 def test_whole_runs_in_c_end_as_those_in_pytorch(name):
-    """The 20 seeds that both engines trained; in PyTorch they take half an hour, and are committed."""
+    """Seed by seed. Of six such means, chance puts one outside of its interval in one case of twenty.
+
+    In PyTorch, 20 seeds take half an hour, and are committed.
+    """
     folder = ROOT / "results" / "repro"
     ours, theirs = (runs.read_run(folder / f"{name}{end}.jsonl") for end in ("", "-torch"))
-    assert ours.config == theirs.config and len(theirs.records) == 20
+    assert ours.config == theirs.config and len(theirs.records) >= 20
     for split in ("train", "test"):
-        a = [r["misses"] for r in ours.final(split) if r["seed"] in theirs.records]
-        b = [r["misses"] for r in theirs.final(split)]
-        assert abs(np.mean(a) - np.mean(b)) <= min(np.std(a, ddof=1), np.std(b, ddof=1)) / 10**0.5
+        gaps = np.array(tables.paired(*(run.by_seed("misses", split) for run in (theirs, ours))))
+        assert len(gaps) == len(theirs.records)
+        reach = tables.student_t(1 - 0.025 / 6, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps) ** 0.5
+        assert abs(gaps.mean()) <= reach, (split, gaps)
     if name == "mnist":  # Published: 45 and 82. Rounding alone, on other machines, gave 42-45 and 80-84.
         train, test = ours.records[1337][-2:]
         assert 40 <= train["misses"] <= 50 and 78 <= test["misses"] <= 90
@@ -788,7 +792,6 @@ def test_curvature_against_the_exact_gauss_newton_diagonal():
         assert distance(exact[2], apart[2]) > 0.1 and distance(diagonal[2], apart[2]) > 0.1
     assert ours / untied == pytest.approx([1, 1], abs=0.1)  # measured: 1.00 and 0.98
     assert ours / tied == pytest.approx([1, 1], abs=0.1)
-    print(ours / untied, ours / tied)
 
 
 def test_sdlm_steps_by_eta_over_mu_plus_curvature():
@@ -871,3 +874,41 @@ def test_a_band_is_mean_and_standard_deviation_over_seeds():
         for x, middle, reach in zip((10, 20), mean, sd):
             ends = corners[corners[:, 0] == x, 1]
             np.testing.assert_allclose((ends.min(), ends.max()), (middle - reach, middle + reach))
+
+
+@pytest.mark.quick
+def test_curves_are_means_in_bands_from_lowest_to_highest():
+    """Of three seeds and two passes; test numbers are ten times those of training."""
+    logs = [
+        [
+            runs.evaluation(number, split, times * value / number, times * value, 100)
+            for number in (1, 2)
+            for split, times in (("train", 1), ("test", 10))
+        ]
+        for value in (1, 2, 6)
+    ]
+    figure = figures.learning_curves(logs, "title")
+    for axis, divisor in zip(figure.axes, (2, 1)):  # the loss is halved in pass 2, and the error is not
+        for line, area, times in zip(axis.lines, axis.collections, (1, 10), strict=True):
+            np.testing.assert_allclose(line.get_xydata(), [[1, 3 * times], [2, 3 * times / divisor]])
+            corners = area.get_paths()[0].vertices
+            for x, by in ((1, 1), (2, divisor)):
+                ends = corners[corners[:, 0] == x, 1]
+                np.testing.assert_allclose((ends.min(), ends.max()), (times / by, 6 * times / by))
+    assert figure.axes[0].get_legend().get_title().get_text() == "mean and min-max, 3 seeds"
+
+
+@pytest.mark.quick
+def test_a_ladder_shows_every_seed_its_mean_and_what_is_published():
+    (axis,) = figures.ladder([[3, 5, 10], [4]], ["a", "b"], [7, 2], "misses", "title").axes
+    assert [list(line.get_ydata()) for line in axis.lines] == [
+        [3, 5, 10],
+        [6, 6],
+        [7, 7],
+        [4],
+        [4, 4],
+        [2, 2],
+    ]
+    assert [line.get_linestyle() for line in axis.lines].count("--") == 2 and "published" in axis.get_title()
+    (axis,) = figures.ladder([[3]], ["a"], None, "misses", "title").axes
+    assert len(axis.lines) == 2 and "published" not in axis.get_title()

@@ -422,22 +422,50 @@ def test_results_come_in_the_order_of_jobs_on_as_many_threads_as_asked_for():
 
 @pytest.mark.quick
 def test_a_job_that_fails_stops_the_others(tmp_path):
-    done = []
+    done, path = [], tmp_path / "run.jsonl"
 
     def train(seed, progress):
         for _ in range(1 if seed < 2 else 500):
             time.sleep(0.005)
             progress(1)
         if seed == 1:
-            time.sleep(0.02)  # seed 0 is on file by now
+            wait_until(lambda: path.exists() and 0 in runs.read_run(path).records)
             raise utils.RunFailed("seed 1 diverged")
         done.append(seed)
         return records_of(seed), None
 
-    path = tmp_path / "run.jsonl"
     with pytest.raises(utils.RunFailed, match="seed 1"), runs.open_run(path, "toy", CONFIG, "sum") as run:
         runs.train_seeds(run, range(6), train, 2, 10, True)
     assert done == sorted(runs.read_run(path).records) == [0]
+
+
+@pytest.mark.quick
+def test_threads_that_cannot_be_started_are_one_sentence(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(utils.RunFailed) as error:
+        runs.in_parallel(lambda job, progress: job, range(3), 1000, 3, True)
+    one_sentence(str(error.value), "1000 threads", "can't start new thread", "lower --threads")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.quick
+def test_a_run_that_is_not_there_is_one_sentence(tmp_path):
+    with pytest.raises(utils.BadRequest) as error:
+        runs.read_run(tmp_path / "mnist.jsonl")
+    one_sentence(str(error.value), "mnist.jsonl does not exist", "train it first")
+
+
+@pytest.mark.quick
+def test_values_are_by_seed():
+    run = runs.Run("run.jsonl", "toy", {}, "")
+    for seed in (7, 3):
+        splits = enumerate(("test", "train", "test"))
+        run.records[seed] = [{"seed": seed, "split": split, "misses": seed * k} for k, split in splits]
+    assert run.by_seed("misses") == {3: 6, 7: 14} and run.by_seed("misses", "train") == {3: 3, 7: 7}
 
 
 @pytest.mark.quick

@@ -131,3 +131,8 @@ def test_no_table_is_written_where_one_has_no_place(fault, tmp_path):
 def test_markdown_table():
     table = tables.markdown_table(("name", "n"), [("a", 1), ("b", 20)])
     assert table == "| name | n |\n|---|---:|\n| a | 1 |\n| b | 20 |"
+
+
+@pytest.mark.quick
+def test_pairs_are_of_seeds_that_both_have():
+    assert tables.paired({2: 20, 1: 30, 4: 1}, {1: 29, 0: 9, 2: 25}) == [1, -5]

@@ -1,6 +1,8 @@
 import argparse
+import importlib
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,20 +33,23 @@ def python(program, *arguments, **settings):
 
 
 def test_a_file_is_whole_at_every_moment_and_when_its_writer_is_killed(tmp_path):
-    path, seen = tmp_path / "file", set()
+    path, looks = tmp_path / "file", []
+
+    def look():
+        content = path.read_text()
+        assert len(content) == 300_000 and len(set(content)) == 1
+        looks.append(content[0])
+        return len(looks) >= 30 and set(looks) == {"a", "b"}
+
     for _ in range(2):
+        looks.clear()
         process = subprocess.Popen([sys.executable, "-c", WRITER, path], cwd=ROOT)
         try:
             wait_until(path.exists, process)
-            for _ in range(30):
-                time.sleep(0.003)
-                content = path.read_text()
-                assert len(content) == 300_000 and len(set(content)) == 1
-                seen.add(content[0])
+            wait_until(look, process)
         finally:
             process.kill()
             process.wait()
-    assert seen == {"a", "b"}
 
 
 @pytest.mark.quick
@@ -289,3 +294,25 @@ def test_a_study_imports_from_its_own_checkout(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "name", ["repro", "modern", "forward_forward", "prepro", "mnist1d_gen", "compare", "bench"]
+)
+def test_help_says_the_default_of_every_flag_and_says_it_right(name, monkeypatch):
+    parsers = []
+    monkeypatch.setattr(utils.Parser, "parse_args", lambda own, *_: parsers.append(own) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main([])
+    for action in parsers[0]._actions:
+        if action.nargs == 0 or not action.option_strings or action.dest == "weights":
+            continue  # switches, and what is to be looked at
+        shown = re.search(r"\((?:default|by preset|by change): ([^)]*)\)", action.help)
+        assert shown, action.dest
+        usual = action.default
+        if isinstance(usual, Path):
+            assert str(usual).endswith(shown[1])
+        elif usual is not None:
+            words = " ".join(map(str, usual)) if isinstance(usual, tuple) else str(usual)
+            assert words in shown[1].split(", "), action.dest

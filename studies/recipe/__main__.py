@@ -144,7 +144,8 @@ def run_all(args, flags):
         done = dict(zip(SLOWEST_FIRST, pool.map(job, SLOWEST_FIRST)))
     for name in make_models():
         print(done[name].stdout, end="")
-    return max(process.returncode for process in done.values())
+    # The return code of a process that a signal has ended is negative.
+    return max(1 if process.returncode < 0 else process.returncode for process in done.values())
 
 
 @utils.exit_status

@@ -15,7 +15,7 @@ from studies.recipe.model import best_constant, outputs_of, result, run_once, sa
 NO_SECOND = "there is no second implementation of it here; write the slow one first"
 
 
-def of_training(model, one, other, start):
+def of_training(one, other, start):
     """How far two networks are apart, in parts of how far training moved each tensor; the worst tensor."""
     apart = {}
     for name in start:
@@ -54,7 +54,7 @@ def training_again(model, data):
         for engine in model.engines:
             fast = model.train(x, y, 3, passes, regularise, engine=engine, **exact)
             name = f"{engine}{', regularised' * regularise}"
-            found[name] = of_training(model, fast, slow, start)
+            found[name] = of_training(fast, slow, start)
         if same(*(model.train(x, y, 3, passes, regularise=on) for on in (False, True))):
             break  # it has none
     measured = "; ".join(f"{name}: {apart:.0e} ({tensor})" for name, (tensor, apart) in found.items())
@@ -70,7 +70,7 @@ def engines_agree(model, data):
     goodness = model.loss == "goodness"
     for number, changes in enumerate(({}, *model.variants)):
         fast, slow = (model.train(x, y, 9, 1, engine=engine, **changes) for engine in model.engines)
-        found[f"variant {number}" if number else "default"] = of_training(model, fast, slow, model.make(9))
+        found[f"variant {number}" if number else "default"] = of_training(fast, slow, model.make(9))
     limit = 0.1 if goodness else 3e-3  # bfloat16 has eight bits
     measured = "; ".join(f"{name}: {apart:.0e}" for name, (_, apart) in found.items())
     expected = f"each tensor within {limit:.1%} of how far it moved"
@@ -86,7 +86,7 @@ def replicas_agree(model, data):
     found = []
     for seed, network in zip(seeds, model.together(seeds, x, y, 1)):
         alone = model.train(x, y, seed, 1, engine="torch")
-        found.append(of_training(model, network, alone, model.make(seed))[1])
+        found.append(of_training(network, alone, model.make(seed))[1])
     return result(
         check, "each as alone, within 0.3% of how far it moved", f"{max(found):.0e}", max(found) < 3e-3
     )
@@ -188,7 +188,7 @@ def consistent(model, data):
 def it_learns(model, data):
     """Labels that have come apart from their examples leave a network that runs, and knows nothing."""
     network, _ = run_once(model, data)
-    loss, misses = model.evaluate(network, data.test_x, data.test_y)
+    _, misses = model.evaluate(network, data.test_x, data.test_y)
     error, (_, best) = 100 * misses / len(data.test_y), best_constant(model, data.test_y)
     measured = f"{error:.2f}% after {model.passes} passes; best constant {best:.2f}%"
     return result(

@@ -10,26 +10,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from studies.recipe.examples import features, nearest, pictures, sample, splits, squared_distances
+from studies.recipe.examples import features, nearest, pictures, sample_rows, splits, squared_distances
 from studies.recipe.labels import known_label_errors, label_flips
-from studies.recipe.model import Result
+from studies.recipe.model import Result, once
 from studies.recipe.origin import genuine, writers
 
-_compared = {}
 
-
+@once
 def neighbours(data):
     """Distances from training examples to the nearest of the others, and from test examples to the nearest
     training example; and how often the two have the same label."""
-    if id(data) not in _compared:
-        (x, y), (test_x, test_y) = ((pictures(x).flatten(1), y) for x, y in splits(data).values())
-        most = (1.5e10 / x.shape[1]) ** 0.5  # about a second
-        some, others = sample(len(y), most), sample(len(test_y), most)
-        own, mates = nearest(x[some])
-        across, found = nearest(test_x[others], x[some])
-        agree = y[some] == y[some][mates], test_y[others] == y[some][found]
-        _compared[id(data)] = own, across, *(float(same.float().mean()) for same in agree), data
-    return _compared[id(data)][:4]
+    (x, y), (test_x, test_y) = ((pictures(x).flatten(1), y) for x, y in splits(data).values())
+    most = (1.5e10 / x.shape[1]) ** 0.5  # about a second
+    some, others = sample_rows(len(y), most), sample_rows(len(test_y), most)
+    own, mates = nearest(x[some])
+    across, found = nearest(test_x[others], x[some])
+    agree = y[some] == y[some][mates], test_y[others] == y[some][found]
+    return own, across, *(float(same.float().mean()) for same in agree)
 
 
 def duplicates(model, data):
@@ -96,7 +93,7 @@ def values(model, data):
 
 def outliers(model, data):
     """The extremes along any axis show broken examples, and other means show that splits differ."""
-    train, test = (features(x[sample(len(x), 10_000)]) for x, _ in splits(data).values())
+    train, test = (features(x[sample_rows(len(x), 10_000)]) for x, _ in splits(data).values())
     apart = {name: float((test[name].mean() - own.mean()) / own.std()) for name, own in train.items()}
     levels = torch.tensor([0.0, 0.01, 0.5, 0.99, 1.0])
     tails = {name: own.quantile(levels).tolist() for name, own in train.items()}
@@ -109,7 +106,9 @@ def outliers(model, data):
 
 def borders(model, data):
     """Where digits touch their frame, a shift that wraps around draws ink on the other side."""
-    ink = [features(x[sample(len(x), 10_000)]).get("ink on the border") for x, _ in splits(data).values()]
+    ink = [
+        features(x[sample_rows(len(x), 10_000)]).get("ink on the border") for x, _ in splits(data).values()
+    ]
     if ink[0] is None:
         return Result("ink on the border", "of images", "does not apply: signals have no border", None, {})
     (any_ink, test), dark = (
@@ -136,7 +135,7 @@ def labels_agree(model, data):
 
 def resolution(model, data):
     """How far inputs can shrink, and whether position matters, says what a network must be able to do."""
-    some = sample(len(data.train_y), 3000)
+    some = sample_rows(len(data.train_y), 3000)
     y, x = data.train_y[some], pictures(data.train_x[some])
     tall = x.shape[1] > 1
     shown = {"whole": (x, x)}

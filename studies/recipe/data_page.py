@@ -20,7 +20,7 @@ from records import run as runs
 from records.run import read_run
 from records.tables import markdown_table, write_tables
 from studies.recipe.data import CHECKS
-from studies.recipe.examples import features, pictures, sample
+from studies.recipe.examples import features, pictures, sample_rows
 from studies.recipe.labels import WRONG_LABELS, confidence, leave_one_out, rank_test_labels
 from studies.recipe.model import make_models
 from studies.recipe.origin import read_idx
@@ -45,7 +45,7 @@ def load(name, data_root=None):
 
 def axis_of(data, axis):
     """The numbers of an axis for the training examples, and which examples these are."""
-    some = sample(len(data.train_y), 8000)
+    some = sample_rows(len(data.train_y), 8000)
     if axis != "confidence":
         return features(data.train_x[some])[axis], some
     y = data.train_y[some]
@@ -66,7 +66,7 @@ def draw(axis, x):
 
 def sheet(name, data, count=10):
     """For each axis the training examples at either end, and between them the distribution of both splits."""
-    some = sample(len(data.train_y), 10_000)
+    some = sample_rows(len(data.train_y), 10_000)
     train, test = features(data.train_x[some]), features(data.test_x)
     count = count if pictures(data.train_x[:1]).shape[1] > 1 else 3
     figure, axes = figures.subplots(

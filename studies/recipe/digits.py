@@ -70,11 +70,11 @@ def seen_by_convolution(train):
     return torch.cat([args[0].detach() for args in remember.inputs if args[0].shape[1:] == (1, 20, 20)])
 
 
-def lecun1989(data="auto", draw=None, data_root=None, engine="auto", preset="karpathy"):
+def lecun1989(data="auto", draw=None, data_root=None, engine="auto"):
     """repro.py with its default preset."""
     digits = prepro.load_digits(data, draw, data_root)
     where = digits.where()
-    config = repro.make_config(preset, **where)
+    config = repro.make_config("karpathy", **where)
 
     def run_on(splits, seed, passes, lr_scale=1.0, watch=None, engine=engine, **changes):
         own = config | {"passes": passes or config["passes"]} | changes
@@ -139,11 +139,11 @@ def lecun1989(data="auto", draw=None, data_root=None, engine="auto", preset="kar
     )
 
 
-def modern_model(data="auto", draw=None, data_root=None, engine="auto", change=4):
+def modern_model(data="auto", draw=None, data_root=None, engine="auto"):
     """modern.py with its default, the last change."""
     digits = prepro.load_digits(data, draw, data_root)
     where = digits.where()
-    config = modern.make_config(change, **where)
+    config = modern.make_config(4, **where)
 
     def run_on(splits, seed, passes, lr_scale=1.0, watch=None, engine=engine, every_pass=True, **changes):
         own = config | {"passes": passes or config["passes"]} | changes
@@ -176,7 +176,7 @@ def modern_model(data="auto", draw=None, data_root=None, engine="auto", change=4
         return [as_network(parameters) for parameters in replicas.parameters()]
 
     def evaluate(network, x, y):
-        (replica,) = [modern.pick_engine(usual, "cpu", config)([0])]
+        replica = modern.pick_engine(usual, "cpu", config)([0])
         with torch.no_grad():
             for own, given in zip(replica.own if usual == "c" else replica.stacked, network.values()):
                 own[...] = given.detach().numpy() if usual == "c" else given

@@ -44,7 +44,7 @@ def features(x):
     }
 
 
-def sample(n, most):
+def sample_rows(n, most):
     """Which of n examples to look at: all, or a fixed sample of the most that are affordable."""
     return torch.from_numpy(np.sort(np.random.default_rng(0).permutation(n)[: int(most)]))
 

@@ -131,7 +131,7 @@ def forward_forward(data):
                 rate = min(1, 2 * (1 - first / len(order)))
                 yield images if regularise else x[which], which, chances[first : first + 200], rate
 
-        return plain.ff_train(network, x, y, 1, batches, config | ({} if regularise else off))
+        return plain.ff_train(network, y, 1, batches, config | ({} if regularise else off))
 
     inputs = data.train_x.shape[1]
     limits = {"weights1": ("normal", inputs**-0.5), "weights2": ("normal", 500**-0.5)}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from studies.recipe.examples import pictures, sample, squared_distances
+from studies.recipe.examples import pictures, sample_rows, squared_distances
 from studies.recipe.model import Result
 from studies.recipe.origin import read_idx
 
@@ -39,7 +39,7 @@ def confidence(outputs, y):
 
 def label_flips(model, data):
     """Whether wrong labels would be found is known only after some have been made."""
-    some, random = sample(len(data.train_y), 2000), np.random.default_rng(0)
+    some, random = sample_rows(len(data.train_y), 2000), np.random.default_rng(0)
     y, outputs = data.train_y[some], leave_one_out(pictures(data.train_x[some]).flatten(1))
     error, found, count = float((outputs(y).argmax(1) != y).float().mean()), 0, len(y) // 100
     for _ in range(10):

@@ -95,27 +95,34 @@ def activations(model, network, x, *names):
     return remember.outputs
 
 
-_runs = {}
+def once(function):
+    """Compute for each model and data only once; a faulty copy of a model is another model."""
+    kept = {}
+
+    @functools.wraps(function)
+    def wrapper(*given):
+        key = tuple(map(id, given))
+        if key not in kept:
+            kept[key] = function(*given), given  # these keep their ids
+        return kept[key][0]
+
+    return wrapper
 
 
+@once
 def run_once(model, data):
     """`model.run` of seed 0, done only once for all checks: the network, and the records.
 
     Without `run`, the records are made here, after the last pass.
     """
-    key = id(model), id(data)
-    if key not in _runs:
-        if model.run:
-            found = model.run(data, 0, model.passes)
-        else:
-            network, records = model.train(data.train_x, data.train_y, 0, model.passes), []
-            for split, x, y in ("train", *data[:2]), ("test", *data[2:4]):
-                loss, misses = model.evaluate(network, x, y)
-                record = {"pass": model.passes, "split": split, "loss": loss, "misses": misses}
-                records.append(record | {"n": len(y), "error": 100 * misses / len(y)})
-            found = network, records
-        _runs[key] = found, model, data  # these keep their ids
-    return _runs[key][0]
+    if model.run:
+        return model.run(data, 0, model.passes)
+    network, records = model.train(data.train_x, data.train_y, 0, model.passes), []
+    for split, x, y in ("train", *data[:2]), ("test", *data[2:4]):
+        loss, misses = model.evaluate(network, x, y)
+        record = {"pass": model.passes, "split": split, "loss": loss, "misses": misses}
+        records.append(record | {"n": len(y), "error": 100 * misses / len(y)})
+    return network, records
 
 
 def losses_of(loss):

@@ -117,7 +117,7 @@ def forward_forward_model(data="auto", draw=None, data_root=None, engine="auto")
     def as_network(network):
         return {name: own.clone().requires_grad_() for name, own in network.state_dict().items()}
 
-    def as_layers(network, config=config):
+    def as_layers(network):
         """forward_forward's Network with these parameters; they keep their gradients."""
         own = ff.Network(len(network["weights1"]), config, 0, usual)
         own.head = network["head"]

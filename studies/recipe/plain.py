@@ -116,7 +116,7 @@ def ff_forward(network, x):
     return torch.stack(sums, dim=1)
 
 
-def ff_train(network, x, y, passes, batches, config):
+def ff_train(network, y, passes, batches, config):
     """All layers by their own loss only. `batches(number)`: (images, which, chances, rate) of a pass."""
     network = {name: tensor.detach().double() for name, tensor in network.items()}
     velocity = {name: torch.zeros_like(tensor) for name, tensor in network.items()}

@@ -1,6 +1,5 @@
 """What stages 3 to 6 of the Recipe share: a validation split, and networks that several checks compare."""
 
-import functools
 import statistics
 
 import numpy as np
@@ -10,24 +9,10 @@ import torch.nn.functional as F
 import modern
 from records.tables import confidence_interval, difference
 from studies import mnist1d, spatial_priors
-from studies.recipe.model import Result
+from studies.recipe.model import Result, once
 
 MOST = 10_000  # examples that are used; Forward-Forward has more
 MNIST1D = {"mnist1d-mlp": "mlp-100", "mnist1d-cnn": "cnn", "mnist1d-gru": "gru"}  # name in spatial_priors
-
-
-def once(function):
-    """Compute for each model and data only once; a faulty copy of a model is another model."""
-    kept = {}
-
-    @functools.wraps(function)
-    def wrapper(model, data):
-        key = id(model), id(data)
-        if key not in kept:
-            kept[key] = function(model, data), model, data  # these keep their ids
-        return kept[key][0]
-
-    return wrapper
 
 
 def split(data):
