@@ -419,7 +419,7 @@ def ff_cells(row):
 
 
 def three_digits(number):
-    """At least three of them."""
+    """The number as text, with three significant digits, or as a whole number from 100 on."""
     return f"{number:.{max(0, 2 - math.floor(math.log10(number)))}f}" if number < 100 else f"{number:,.0f}"
 
 
@@ -500,8 +500,10 @@ def main(argv=None):
     flag, rounds = parser.add_argument, utils.number(int, at_least=1, at_most=1000)
     flag("--device", default="cpu", choices=("cpu", "cuda"), help="what to measure (default: cpu)")
     flag("--rounds", default=9, type=rounds, help="how often each contender takes its turn (default: 9)")
-    flag("--record", action="store_true", help="keep the measurement, and write the tables and the figure")
-    flag("--tables", action="store_true", help="write tables and figure from the records, without measuring")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--record", action="store_true", help="keep the measurement, and write the tables and the figure")
+    words = "write tables and figure from the records, without measuring"
+    either("--tables", action="store_true", help=words)
     flag(
         "--smoke", action="store_true", help="one round of few presentations, to see whether everything runs"
     )

@@ -52,61 +52,6 @@ FEWEST = 5  # seeds from which something is concluded
 INSIDE, OUTSIDE, EXPECTED = "inside", "outside", "outside, as expected"
 FEW, SAME, MISPRINTED = "too few seeds", "same realisation", "misprinted"
 
-# The rows of README.md's table: the claim, the published rows (and which reading of each), command and page
-MODELS = ("logistic", "mlp", "cnn", "gru")
-CLAIMS = (
-    ("LeCun 1989, the result: a config fitted to it", ["lecun1989.result:0"],
-     "repro.py --data usps --preset recovered", "repro"),
-    ("LeCun 1989, the result: the paper as written", ["lecun1989.result:1"],
-     "repro.py --data usps --preset literal", "repro"),
-    ("LeCun 1989, the result: Karpathy's reading", ["lecun1989.result:2"], "repro.py --data usps", "repro"),
-    ("LeCun 1989, one hidden layer of 40", ["lecun1989.fully-connected:0"],
-     "-m studies.other_networks_1989", "other_networks_1989"),
-    ("Karpathy 2022, repro.py", ["karpathy2022.repro:0"], "repro.py", "repro"),
-    ("chenyuxyz 2022, the other draw of MNIST", ["karpathy2022.repro-train-first:0"],
-     "repro.py --draw train-first", "repro"),
-    ("Karpathy 2022, changes 1 / 2 / 3 / 4",
-     [f"karpathy2022.{key}:0" for key in ("softmax", "adamw", "shift", "dropout")],
-     "modern.py --change all", "modern"),
-    ("Karpathy 2022, 50,000 digits: change 0 / 4",
-     ["karpathy2022.more-data-1989:0", "karpathy2022.more-data-modern:0"],
-     "modern.py --train-size 50000 --passes 100", "modern"),
-    ("MNIST-1D, logistic / MLP / CNN / GRU", [f"mnist1d.{model}:0" for model in MODELS],
-     "-m studies.spatial_priors", "spatial_priors"),
-    ("MNIST-1D, the same shuffled", [f"mnist1d.{model}-shuffled:0" for model in MODELS],
-     "-m studies.spatial_priors", "spatial_priors"),
-    ("MNIST-1D, double descent: MLP of 16 / 47 / 300 units, CNN of 10 / 18 / 100 channels",
-     [f"mnist1d.double-descent-{network}:{width}" for network in ("mlp", "cnn") for width in (4, 8, 15)],
-     "-m studies.double_descent", "double_descent"),
-    ("MNIST-1D, 1,000 examples: no pooling / maximum / average / L2",
-     [f"mnist1d.pooling-{kind}-1000:0" for kind in ("none", "max", "average", "l2")],
-     "-m studies.pooling", "pooling"),
-    ("MNIST-1D, a learned learning rate, from above / below",
-     [f"mnist1d.learning-rate-from-{start}:0" for start in ("high", "low")],
-     "-m studies.metalearn_lr", "metalearn_lr"),
-    ("MNIST-1D, a learned activation function / ReLU / Swish",
-     [f"mnist1d.activation{name}:0" for name in ("", "-relu", "-swish")],
-     "-m studies.metalearn_activation", "metalearn_activation"),
-    ("Tzeng 2017, trained on MNIST, tested on USPS", ["myths.mnist-to-usps:0"],
-     "-m studies.myth2_name_that_dataset", "myth2_name_that_dataset"),
-    ("Hinton 2022, supervised (ours is smaller, read by goodness and softmax)", ["ff.supervised:1"],
-     "forward_forward.py --preset permutation-invariant", "forward_forward"),
-    ("Hinton 2022, supervised, his four layers of 2,000", ["ff.supervised:0"],
-     "forward_forward.py --preset hinton", "forward_forward"),
-    ("Hinton 2022, supervised with jitter (ours is smaller, read by goodness and softmax)",
-     ["ff.supervised-jitter:0"],
-     "forward_forward.py --preset hinton-jitter", "forward_forward"),
-    ("Hinton 2022, unsupervised / local receptive fields", ["ff.unsupervised:0", "ff.local:0"],
-     "-m studies.ff_unsupervised --configs unsupervised local", "ff_unsupervised"),
-    ("Hinton 2022, recurrent, with top-down input", ["ff.recurrent:0"],
-     "-m studies.ff_recurrent --configs recurrent", "ff_recurrent"),
-    ("Hinton 2022, CIFAR-10: backpropagation with 2 / 3 layers, Forward-Forward with 2 / 3",
-     [f"ff.cifar-{name}:0" for name in ("backpropagation", "backpropagation-3", "ff", "ff-3")],
-     "-m studies.ff_cifar --configs 'bp-*' 'ff-min-*'", "ff_cifar"),
-    ("Neoflex 2023, batches of 10,000", ["ff.article:1"],
-     "-m studies.ff_article --configs as-written-batch-size10000 --seeds 1", "ff_article"),
-)  # fmt: skip
-
 
 # Rows, runs, and which belong together
 
@@ -462,7 +407,7 @@ def run_in_full(run, readings):
 def list_runs(runs):
     """A line for each finished run."""
     form = "{:52}{:>6}  {:18}{:12}{}"
-    lines = [form.format("run", "seeds", "test error", "finished", "commit")]
+    lines = [form.format("run", "seeds", "test error", "started", "commit")]
     for run in runs:
         errors = [record["error"] for record in run.final("test") if "error" in record]
         last = run.sessions[-1] if run.sessions else {}
@@ -517,7 +462,7 @@ def link(run, page):
 
 def full_table(readings, page):
     """Every number of the readings that have a run, and below it what is to be said of single seeds."""
-    head = ("published", "our run", "number", "published", "ours, mean ± sd", "min to max", "n", "verdict")
+    head = ("source", "our run", "number", "published", "ours, mean ± sd", "min to max", "n", "verdict")
     rows, notes = [], []
     for reading in readings:
         for run in reading.runs[:1]:
@@ -569,10 +514,11 @@ def ff_table(runs, page):
         errors = [[r["errors"][way] for r in last if way in r["errors"]] for way in names]
         ways = [tables.mean_sd(each) if each else "-" for each in errors]
         train = tables.mean_sd([record["error"] for record in run.final("train")])
-        cores = max(session["threads"] for session in run.sessions)
+        cores = max((session["threads"] for session in run.sessions), default=1)
+        took = f"{statistics.median(seconds):.0f} on {cores} core{'s' * (cores > 1)}" if seconds else "-"
         rows.append((
             link(run, page), f"{config['layers']}x{config['width']:,}", config["passes"], config["jitter"],
-            len(last), *ways, train, f"{statistics.median(seconds):.0f} on {cores} core{'s' * (cores > 1)}",
+            len(last), *ways, train, took,
         ))  # fmt: skip
     return tables.markdown_table(head, rows)
 
@@ -603,6 +549,62 @@ def reproduced(comparisons):
     if not inside and not any(is_better(each) for each in outside):
         return f"no, 0 of {judged}: ours is better"
     return f"{'yes' if inside == judged else 'partly' if inside else 'no'}, {inside} of {judged}"
+
+
+# The rows of README.md's table: the claim, the published rows (and which reading of each), command and page
+MODELS = ("logistic", "mlp", "cnn", "gru")
+CLAIMS = (
+    ("LeCun 1989, the result: a config fitted to it", ["lecun1989.result:0"],
+     "repro.py --data usps --preset recovered", "repro"),
+    ("LeCun 1989, the result: the paper as written", ["lecun1989.result:1"],
+     "repro.py --data usps --preset literal", "repro"),
+    ("LeCun 1989, the result: Karpathy's reading", ["lecun1989.result:2"], "repro.py --data usps", "repro"),
+    ("LeCun 1989, one hidden layer of 40", ["lecun1989.fully-connected:0"],
+     "-m studies.other_networks_1989", "other_networks_1989"),
+    ("Karpathy 2022, repro.py", ["karpathy2022.repro:0"], "repro.py", "repro"),
+    ("chenyuxyz 2022, the other draw of MNIST", ["karpathy2022.repro-train-first:0"],
+     "repro.py --draw train-first", "repro"),
+    ("Karpathy 2022, changes 1 / 2 / 3 / 4",
+     [f"karpathy2022.{key}:0" for key in ("softmax", "adamw", "shift", "dropout")],
+     "modern.py --change all", "modern"),
+    ("Karpathy 2022, 50,000 digits: change 0 / 4",
+     ["karpathy2022.more-data-1989:0", "karpathy2022.more-data-modern:0"],
+     "modern.py --train-size 50000 --passes 100", "modern"),
+    ("MNIST-1D, logistic / MLP / CNN / GRU", [f"mnist1d.{model}:0" for model in MODELS],
+     "-m studies.spatial_priors", "spatial_priors"),
+    ("MNIST-1D, the same shuffled", [f"mnist1d.{model}-shuffled:0" for model in MODELS],
+     "-m studies.spatial_priors", "spatial_priors"),
+    ("MNIST-1D, double descent: MLP of 16 / 47 / 300 units, CNN of 10 / 18 / 100 channels",
+     [f"mnist1d.double-descent-{network}:{width}" for network in ("mlp", "cnn") for width in (4, 8, 15)],
+     "-m studies.double_descent", "double_descent"),
+    ("MNIST-1D, 1,000 examples: no pooling / maximum / average / L2",
+     [f"mnist1d.pooling-{kind}-1000:0" for kind in ("none", "max", "average", "l2")],
+     "-m studies.pooling", "pooling"),
+    ("MNIST-1D, a learned learning rate, from above / below",
+     [f"mnist1d.learning-rate-from-{start}:0" for start in ("high", "low")],
+     "-m studies.metalearn_lr", "metalearn_lr"),
+    ("MNIST-1D, a learned activation function / ReLU / Swish",
+     [f"mnist1d.activation{name}:0" for name in ("", "-relu", "-swish")],
+     "-m studies.metalearn_activation", "metalearn_activation"),
+    ("Tzeng 2017, trained on MNIST, tested on USPS", ["myths.mnist-to-usps:0"],
+     "-m studies.myth2_name_that_dataset", "myth2_name_that_dataset"),
+    ("Hinton 2022, supervised (ours is smaller, read by goodness and softmax)", ["ff.supervised:1"],
+     "forward_forward.py --preset permutation-invariant", "forward_forward"),
+    ("Hinton 2022, supervised, his four layers of 2,000", ["ff.supervised:0"],
+     "forward_forward.py --preset hinton", "forward_forward"),
+    ("Hinton 2022, supervised with jitter (ours is smaller, read by goodness and softmax)",
+     ["ff.supervised-jitter:0"],
+     "forward_forward.py --preset hinton-jitter", "forward_forward"),
+    ("Hinton 2022, unsupervised / local receptive fields", ["ff.unsupervised:0", "ff.local:0"],
+     "-m studies.ff_unsupervised --configs unsupervised local", "ff_unsupervised"),
+    ("Hinton 2022, recurrent, with top-down input", ["ff.recurrent:0"],
+     "-m studies.ff_recurrent --configs recurrent", "ff_recurrent"),
+    ("Hinton 2022, CIFAR-10: backpropagation with 2 / 3 layers, Forward-Forward with 2 / 3",
+     [f"ff.cifar-{name}:0" for name in ("backpropagation", "backpropagation-3", "ff", "ff-3")],
+     "-m studies.ff_cifar --configs 'bp-*' 'ff-min-*'", "ff_cifar"),
+    ("Neoflex 2023, batches of 10,000", ["ff.article:1"],
+     "-m studies.ff_article --configs as-written-batch-size10000 --seeds 1", "ff_article"),
+)  # fmt: skip
 
 
 def claims_table(readings):
@@ -709,11 +711,11 @@ def main(argv=None):
     results = utils.ROOT / "results"
     parser = utils.Parser("compare", __doc__)
     flag = parser.add_argument
-    flag("run", metavar="RUN", nargs="?", help="show this run in full")
     flag("--results", metavar="DIR", type=Path, default=results, help="where the runs are (default: results)")
-    flag("--markdown", action="store_true", help="write the tables of README.md and of the pages")
     flag("--check", action="store_true", help="exit status 1 where a comparison has changed")
     flag = parser.add_mutually_exclusive_group().add_argument
+    flag("run", metavar="RUN", nargs="?", help="show this run in full")
+    flag("--markdown", action="store_true", help="write the tables of README.md and of the pages")
     flag("--all", action="store_true", help="show every number of every row")
     flag("--diff", action="store_true", help="show eval lines, the published as - and ours as +")
     flag("--runs", action="store_true", help="list the finished runs")
@@ -732,15 +734,12 @@ def main(argv=None):
     readings = read_readings(runs)
     if args.csv:
         write_csv(readings, sys.stdout)
-    elif args.run or args.runs or args.diff:
-        lines = (
-            run_in_full(chosen, readings)
-            if args.run
-            else list_runs(runs)
-            if args.runs
-            else diff_lines(readings)
-        )
-        print("\n".join(lines))
+    elif args.run:
+        print("\n".join(run_in_full(chosen, readings)))
+    elif args.runs:
+        print("\n".join(list_runs(runs)))
+    elif args.diff:
+        print("\n".join(diff_lines(readings)))
     else:
         blocks = (full_block(reading, run) for reading in readings for run in reading.runs)
         lines = [line for block in blocks for line in block] if args.all else [*short_table(readings), ""]

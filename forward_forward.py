@@ -127,9 +127,10 @@ def ascend(parameter, velocity, gradient, momentum, lr, weight_decay=0.0):
 
 
 def plain_step(network, images, labels, chance, rate=1, keys=None):
-    """One step of each layer: the losses, and which images one learned from.
+    """One step of each layer: the losses, and which images at least one layer learned from.
 
-    `chance` samples negatives, and `keys` decide what is dropped, if anything.
+    `chance` samples negatives, and `keys` decide what is dropped, if anything. `rate` is the learning rate as
+    a part of `config.lr`.
     """
     config, n = network.config, len(images)
     head = network.head.detach().requires_grad_()
@@ -237,7 +238,8 @@ def sample_negatives(labels, chance, logits=None):
 def sample_pass(config, seed, number, unsure):
     """For pass `number`, from 0: the order of examples, how far each moves, its `chance`, its key to `drop`.
 
-    `unsure` (examples,) are shown in any case, and each of the others with probability revisit_prob.
+    `unsure` (examples,) are shown in any case, and each of the others with probability revisit_prob. Where
+    that leaves none, all are shown.
     """
     generator = np.random.default_rng((seed, number))
     revisited = torch.from_numpy(generator.random(len(unsure)) < config.revisit_prob).to(unsure.device)
@@ -414,17 +416,17 @@ FLAGS = {  # field of the config -> its choices or type, and what it is
     "parts": (whole(1, 64), "parts of a batch, which threads can share; more of them change the rounding"),
     "lr": (real(above=0, at_most=1e6), "learning rate of the layers"),
     "lr_hold": (real(0, 1), "part of training with the full rate, which then falls to 0"),
-    "momentum": (real(0, below=1), "of the smoothed gradients"),
-    "weight_decay": (real(0, below=1), "of the layers"),
-    "skip_threshold": (real(0, below=1), "skip examples of which a layer is wrong by less, in probability"),
+    "momentum": (real(0, below=1), "of SGD: the part of the smoothed gradient that each step keeps"),
+    "weight_decay": (real(0, below=1), "weight decay of the layers"),
+    "skip_threshold": (real(0, below=1), "skip what a layer's probability is wrong about by this at most"),
     "revisit_prob": (real(0, 1), "probability that an image is shown that all layers were sure of"),
     "peer": (real(0, 1e6), "strength with which units are kept about equally active"),
-    "temperature": (real(above=0, at_most=1e6), "of the logits: the higher, the wider a margin layers want"),
+    "temperature": (real(above=0, at_most=1e6), "the higher, the wider a margin the layers want"),
     "dropout": (real(0, below=1), "part of what a layer passes on that is dropped in training"),
     "head_from": (whole(1, 100), "the first layer that the softmax reads, which is 2 in Hinton's code"),
     "head_lr": (real(0, 1e6), "learning rate of the softmax"),
-    "head_weight_decay": (real(0, below=1), "of the softmax"),
-    "precision": (("auto", "fp32", "bf16"), "of matrix products; auto: bf16 where the processor has it"),
+    "head_weight_decay": (real(0, below=1), "weight decay of the softmax"),
+    "precision": (("auto", "fp32", "bf16"), "numbers to multiply; auto: bf16 where the processor has it"),
     "read_out": (tuple(READ_OUTS), "what gives the answer: layers' goodness, the softmax, or both"),
 }
 
@@ -759,7 +761,7 @@ def evaluate(network, inputs, labels, way="all", shape=None):
     """The cross-entropy of the answers, the misses, and the misses of every read-out (`read_outs`)."""
     answers = read_outs(network, inputs, shape, read_out)
     misses = {name: int((answer.argmax(dim=1) != labels).sum()) for name, answer in answers.items()}
-    loss = float(F.cross_entropy(answers[way].double(), labels))
+    loss = float(F.cross_entropy(answers[way].cpu().double(), labels.cpu()))  # MPS has no float64
     return loss, misses[way], misses
 
 
@@ -837,12 +839,12 @@ def train(config, seed, splits, shape, engine, threads=1, device="cpu", progress
         return records, network
 
 
-def load_network(path, engine=None, device="cpu"):
+def load_network(path, engine=None):
     """The network whose weights `main` has saved. BadRequest where the file holds anything else."""
     config, _, arrays = load_weights(path, "forward_forward")
     try:
         config = Config(**{field: config[field] for field in Config._fields})
-        network = Network(len(arrays["weights1"]), config, 0, engine, device)
+        network = Network(len(arrays["weights1"]), config, 0, engine)
         shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         if {name: array.shape for name, array in arrays.items()} != shapes:
             raise ValueError("not the arrays of this config")

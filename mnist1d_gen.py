@@ -86,44 +86,6 @@ class Samples(NamedTuple):
     shear: np.ndarray
 
 
-# Random numbers
-
-
-class HistoricStream:
-    """NumPy's legacy random stream, from which the original samples one example after another.
-
-    How many raw numbers a normal number takes is random too, so examples have to be sampled one by one.
-    Everything else is computed for many examples at once.
-    """
-
-    def __init__(self, seed):
-        self.generator = np.random.RandomState(seed)  # noqa: NPY002  (the legacy one is the point)
-        self.permutation = self.generator.permutation
-
-    def sample(self, n, arguments):
-        length, shifts, of = arguments.length, arguments.max_translation, self.generator
-        uniform, whole, normal = of.random_sample, of.randint, of.standard_normal
-        samples = Samples(np.empty(n), np.empty(n), np.empty(n, int), np.empty((n, 2 * length)), np.empty(n))
-        pad, scale, shift, noise, shear = samples
-        for i in range(n):
-            pad[i], scale[i], shift[i] = uniform(), uniform(), whole(shifts)
-            noise[i], shear[i] = normal(2 * length), uniform()
-        return samples._replace(noise=noise.reshape(n, 2, length))
-
-
-class FastStream:
-    """The same distributions from NumPy's modern generator, many examples at once; the examples differ."""
-
-    def __init__(self, seed):
-        self.generator = np.random.default_rng(seed)
-        self.permutation = self.generator.permutation
-
-    def sample(self, n, arguments):
-        uniform, shifts = self.generator.random, arguments.max_translation
-        noise = self.generator.standard_normal((n, 2, arguments.length))
-        return Samples(uniform(n), uniform(n), self.generator.integers(shifts, size=n), noise, uniform(n))
-
-
 # From templates to examples
 
 
@@ -183,14 +145,53 @@ def transform(labels, samples, arguments):
     return resample(signals, arguments.final_seq_length)
 
 
+# Random numbers
+
+
+class HistoricStream:
+    """NumPy's legacy random stream, from which the original samples one example after another.
+
+    How many raw numbers a normal number takes is random too, so examples have to be sampled one by one.
+    Everything else is computed for many examples at once.
+    """
+
+    def __init__(self, seed):
+        self.generator = np.random.RandomState(seed)  # the legacy one is the point
+        self.permutation = self.generator.permutation
+
+    def sample(self, n, arguments):
+        length, shifts, of = arguments.length, arguments.max_translation, self.generator
+        uniform, whole, normal = of.random_sample, of.randint, of.standard_normal
+        samples = Samples(np.empty(n), np.empty(n), np.empty(n, int), np.empty((n, 2 * length)), np.empty(n))
+        pad, scale, shift, noise, shear = samples
+        for i in range(n):
+            pad[i], scale[i], shift[i] = uniform(), uniform(), whole(shifts)
+            noise[i], shear[i] = normal(2 * length), uniform()
+        return samples._replace(noise=noise.reshape(n, 2, length))
+
+
+class FastStream:
+    """The same distributions from NumPy's modern generator, many examples at once; the examples differ."""
+
+    def __init__(self, seed):
+        self.generator = np.random.default_rng(seed)
+        self.permutation = self.generator.permutation
+
+    def sample(self, n, arguments):
+        uniform, shifts = self.generator.random, arguments.max_translation
+        noise = self.generator.standard_normal((n, 2, arguments.length))
+        return Samples(uniform(n), uniform(n), self.generator.integers(shifts, size=n), noise, uniform(n))
+
+
 # Data sets
 
 
 def make_dataset(fast_rng=False, quiet=True, **arguments):
     """The data set for `Arguments` by name: a dict of x (n, 40), y (n,), x_test, y_test, t (40,), templates.
 
-    x and t are float64, divided by the standard deviation of all x; y is int64. `fast_rng` samples from a
-    modern generator. Raises utils.BadRequest where no data set can be made from the arguments.
+    x and t are float64. The mean of all x is subtracted from x, and both are divided by the standard
+    deviation of all x. y is int64. `fast_rng` samples from a modern generator. Raises utils.BadRequest where
+    no data set can be made from the arguments.
     """
     a = check(Arguments(**arguments))
     stream = (FastStream if fast_rng else HistoricStream)(a.seed)
@@ -213,12 +214,8 @@ def make_dataset(fast_rng=False, quiet=True, **arguments):
         x = x[:, stream.permutation(a.final_seq_length)]
     n = a.train_size
     arrays = {"x": x[:n], "y": y[:n], "x_test": x[n:], "y_test": y[n:]}
-    return arrays | {"t": positions(a) / sd, "templates": normalise_templates()}
-
-
-def positions(arguments):
-    """Where the points of a signal are, from -5/6 to 5/6; they are then normalised as x is."""
-    return np.linspace(-5, 5, arguments.final_seq_length) / 6
+    t = np.linspace(-5, 5, a.final_seq_length) / 6 / sd
+    return arrays | {"t": t, "templates": normalise_templates()}
 
 
 def torch_dataset(train=True, fast_rng=False, **arguments):
@@ -287,7 +284,7 @@ def step_by_step(arguments):
     return steps
 
 
-def draw_picture(path, data, arguments):
+def plot(path, data, arguments):
     """Plot how a signal of each class is made, and the first three training examples of each.
 
     As in the paper, signals run downwards, which makes them look like digits.
@@ -369,7 +366,7 @@ def main(argv=None):
     content = io.BytesIO()
     np.savez(content, **data, provenance=np.array(json.dumps(how)))
     utils.write_file(path, content.getbuffer())
-    draw_picture(path.with_suffix(".png"), data, arguments)
+    plot(path.with_suffix(".png"), data, arguments)
     if not quiet:
         print(f"{path}: {len(data['y']):,} training and {len(data['y_test']):,} test examples")
         print(f"sampled from {STREAMS[fast_rng]}, seed {arguments.seed}")

@@ -354,7 +354,7 @@ def run_change(change, args, changes, digits, splits):
             for seed, parameters in zip(own, replicas.parameters()):
                 save(seed, parameters)
             run.add(records, seconds)
-            return replicas
+            return replicas if own[0] == args.seed else None  # figures show the first
 
         total = len(seeds) * config["passes"] * len(splits["train"][1])
         if gpu:
@@ -363,7 +363,7 @@ def run_change(change, args, changes, digits, splits):
             trained = waves.train_waves(*given)
         else:
             jobs = [[seed] for seed in seeds] if in_c else ranks.cut(seeds, len(seeds))
-            trained = runs.in_parallel(train_and_save, jobs, threads, total, args.quiet, "digit")
+            trained = runs.in_parallel(train_and_save, jobs, threads, total, args.quiet)
     if utils.RANK:  # rank 0 has the records of all, and goes on
         return run
     if args.figures:

@@ -26,7 +26,7 @@ import numpy as np
 
 import utils
 from datasets import sources, strokes
-from datasets.sources import Unavailable, damaged, find_root, find_sources  # noqa: F401 (for the scripts)
+from datasets.sources import Unavailable, damaged, find_root, find_sources
 
 SIDE = 16
 TRAIN_SIZE, TEST_SIZE = 7291, 2007  # LeCun et al. 1989
@@ -34,7 +34,6 @@ MNIST_SEED = 1337  # Karpathy's
 STROKES_SEED = 1989
 LARGEST = {"mnist": 60_000, "usps": TRAIN_SIZE, "strokes": 10_000_000}  # to train on; 10 GB of strokes
 DRAWS = ("test-first", "train-first")
-AUTO_HELP = "which digits; auto: mnist where it is on disk or can be downloaded, else strokes"
 DRAW_HELP = "which split of mnist is drawn first (default: test-first, as published)"
 DATA_ROOT_HELP = "where downloads are (default: $DROSOPHILA_DATA, else data/)"
 BUILD_ANEW = "delete it, and it is built anew"
@@ -181,7 +180,8 @@ def add_data_flags(parser):
     """Add the flags that choose digits of 16x16: the argument group, to add more to."""
     group = parser.add_argument_group("data")
     choices = "auto", "mnist", "usps", "strokes"
-    group.add_argument("--data", default="auto", choices=choices, help=f"{AUTO_HELP} (default: auto)")
+    words = "which digits; auto: mnist where it is on disk or can be downloaded, else strokes (default: auto)"
+    group.add_argument("--data", default="auto", choices=choices, help=words)
     group.add_argument("--draw", choices=DRAWS, help=DRAW_HELP)
     group.add_argument("--data-root", metavar="DIR", type=utils.folder, help=DATA_ROOT_HELP)
     return group
@@ -313,12 +313,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     draw = _check_request(args.data, args.draw, args.train_size)
-    usual = args.test_size == TEST_SIZE and (args.data == "mnist" or args.train_size == TRAIN_SIZE)
-    if args.data != "strokes" and not usual:
-        raise utils.BadRequest(
-            f"{args.data} has {TEST_SIZE} digits to test on, and usps {TRAIN_SIZE} to train on: "
-            "leave out --test-size and --train-size"
-        )
+    if args.data != "strokes" and args.test_size != TEST_SIZE:
+        raise utils.BadRequest(f"--test-size: {args.data} has {TEST_SIZE} digits to test on; leave it out")
+    if args.data == "usps" and args.train_size != TRAIN_SIZE:
+        raise utils.BadRequest(f"--train-size: usps has {TRAIN_SIZE} digits to train on; leave it out")
     if args.data == "strokes":
         digits = build_strokes(args.train_size, args.test_size)
     else:

@@ -433,7 +433,7 @@ def rejected_for(error, outputs, labels):
 
 
 def gap_for(error, outputs, labels):
-    """How far apart the two highest outputs are at least that `rejected_for` accepts; infinity for none."""
+    """The smallest gap between the two highest outputs that `rejected_for` accepts; infinity for none."""
     second, first = np.sort(outputs, axis=1)[:, -2:].T
     rejected = round(rejected_for(error, outputs, labels) / 100 * len(labels))
     return float(np.append(np.sort(first - second), np.inf)[rejected])
@@ -588,7 +588,7 @@ def main(argv=None):
             records, parameters = train(config, seed, splits, engine, progress)
             images, labels = splits["test"]
             save(seed, parameters, gap_for(1.0, engine.compute_outputs(parameters, images), labels))
-            return records, parameters
+            return records, parameters if seed == args.seed else None  # figures show the first
 
         total = len(seeds) * config["passes"] * len(splits["train"][1])
         if gpu:

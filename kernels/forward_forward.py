@@ -40,13 +40,13 @@ class Kernels:
         n, single = len(labels), torch.float32
         h, passed_on = torch.empty(n, width, dtype=self.dtype), torch.empty(n, width, dtype=self.dtype)
         goodness = torch.empty(n)
-        _check("products", products, self.dtype, (m, width))
-        _check("added", added, single, (len(added), width))
-        _check("labels", labels, torch.int64, (n,))
+        check_tensor("products", products, self.dtype, (m, width))
+        check_tensor("added", added, single, (len(added), width))
+        check_tensor("labels", labels, torch.int64, (n,))
         if n and not (m and 0 <= int(labels.min()) <= int(labels.max()) < len(added)):
             raise ValueError(f"labels: not all from 0 to {len(added) - 1}, or there are no products")
         if keys is not None:
-            _check("keys", keys, torch.int64, (n,))
+            check_tensor("keys", keys, torch.int64, (n,))
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: {dropout} is not from 0 to below 1")
         self._activate(
@@ -58,11 +58,11 @@ class Kernels:
 
     def update(self, weights, velocity, weights_lowp, gradients, scale, momentum, lr, weight_decay):
         (n,), single = _shape("weights", weights, 1), torch.float32
-        _check("weights", weights, single, (n,))
-        _check("velocity", velocity, single, (n,))
-        _check("weights_lowp", weights_lowp, self.dtype, (n,))
+        check_tensor("weights", weights, single, (n,))
+        check_tensor("velocity", velocity, single, (n,))
+        check_tensor("weights_lowp", weights_lowp, self.dtype, (n,))
         for gradient in gradients:
-            _check("gradient", gradient, self.dtype, (n,))
+            check_tensor("gradient", gradient, self.dtype, (n,))
         if not gradients:
             raise ValueError("gradients: there are none")
         addresses = (ctypes.c_void_p * len(gradients))(*(gradient.data_ptr() for gradient in gradients))
@@ -74,9 +74,9 @@ class Kernels:
     def shift(self, images, chosen, shifts):
         count, height, width = _shape("images", images, 3)
         n = len(chosen)
-        _check("images", images, self.dtype, (count, height, width))
-        _check("chosen", chosen, torch.int64, (n,))
-        _check("shifts", shifts, torch.int64, (n, 2))
+        check_tensor("images", images, self.dtype, (count, height, width))
+        check_tensor("chosen", chosen, torch.int64, (n,))
+        check_tensor("shifts", shifts, torch.int64, (n, 2))
         if n and not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
             raise ValueError(f"chosen: not all from 0 to {count - 1}")
         if height * width < LABELS:
@@ -95,7 +95,7 @@ def _shape(what, tensor, rank):
     return tensor.shape
 
 
-def _check(what, tensor, dtype, shape):
+def check_tensor(what, tensor, dtype, shape):
     """Raise ValueError unless C may be given the tensor's address."""
     if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{what}: {tensor.dtype} {tuple(tensor.shape)} and not {dtype} {tuple(shape)}")

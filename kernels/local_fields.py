@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import build
-from kernels.forward_forward import _check
+from kernels.forward_forward import check_tensor
 
 SOURCE = Path(__file__).with_name("local_fields.c")
 SIDE, MAPS, FIELD, TILE = 32, 3, 11, 4
@@ -37,11 +37,6 @@ def of_fields(tiles):
     down, right = row + tile * MAPS, column + MAPS
     strides = side * inputs * units, down, inputs * units, right, units, row, column, 1
     return tiles.as_strided(shape, strides)
-
-
-def to_fields(tiles):
-    """The weights (1024, 363, 3), by place, input and unit, in the matrices of the tiles."""
-    return of_fields(tiles).reshape(PLACES, FAN_IN, MAPS)
 
 
 def to_tiles(fields, tile=TILE):
@@ -116,20 +111,20 @@ class FieldKernels:
 
     def see(self, x):
         """What the tiles see: x with a border of zeros (n, 42, 42, 3)."""
-        _check("x", x, self.dtype, (len(x), UNITS))
+        check_tensor("x", x, self.dtype, (len(x), UNITS))
         reach = FIELD // 2
         return F.pad(x.view(-1, SIDE, SIDE, MAPS), (0, 0, reach, reach, reach, reach))
 
     def products(self, seen, weights):
         self._check_seen(seen)
-        _check("weights", weights, self.dtype, (TILES, TILE_INPUTS, TILE_UNITS))
+        check_tensor("weights", weights, self.dtype, (TILES, TILE_INPUTS, TILE_UNITS))
         out = torch.empty(len(seen), UNITS, dtype=self.dtype)
         self._products(seen.data_ptr(), weights.data_ptr(), len(seen), out.data_ptr())
         return out
 
     def outer(self, seen, d):
         self._check_seen(seen)
-        _check("d", d, self.dtype, (len(seen), UNITS))
+        check_tensor("d", d, self.dtype, (len(seen), UNITS))
         gradient = torch.empty(TILES, TILE_INPUTS, TILE_UNITS, dtype=self.dtype)
         cells = PADDED * PADDED * MAPS + UNITS + PATCH * MAPS + TILE_UNITS  # of an example, at most
         scratch = torch.empty(len(d) * cells, dtype=torch.int32)
@@ -137,11 +132,11 @@ class FieldKernels:
         return gradient
 
     def back(self, d, weights):
-        _check("d", d, self.dtype, (len(d), UNITS))
-        _check("weights", weights, self.dtype, (TILES, TILE_INPUTS, TILE_UNITS))
+        check_tensor("d", d, self.dtype, (len(d), UNITS))
+        check_tensor("weights", weights, self.dtype, (TILES, TILE_INPUTS, TILE_UNITS))
         gradient = torch.zeros(len(d), UNITS)
         self._back(d.data_ptr(), weights.data_ptr(), len(d), gradient.data_ptr())
         return gradient
 
     def _check_seen(self, seen):
-        _check("seen", seen, self.dtype, (len(seen), PADDED, PADDED, MAPS))
+        check_tensor("seen", seen, self.dtype, (len(seen), PADDED, PADDED, MAPS))

@@ -1,6 +1,7 @@
 """The C engine of the lottery tickets: sparse_mlp.c behind checks of all that is handed to it."""
 
 import ctypes
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,9 @@ def load():
     return library
 
 
+library = functools.cache(load)  # whose files need not be looked for again
+
+
 class Examples:
     """Signals (n, inputs) and labels (n,) in batches of `size`, in tiles as the kernel reads them."""
 
@@ -47,7 +51,7 @@ class Examples:
             raise ValueError(f"labels: {y.shape}, not ({n},), or not all from 0 to {CLASSES - 1}")
         if size < 1 or n % size:
             raise ValueError(f"batches of {size} do not divide {n} examples")
-        tile = load().tile_size()
+        tile = library().tile_size()
         self.n, self.size, self.batches, self.tiles = n, size, n // size, -(-size // tile)
         padded = np.zeros((self.batches, self.tiles * tile, self.inputs), np.float32)
         padded[:, :size] = x.reshape(self.batches, size, self.inputs)
@@ -67,7 +71,7 @@ class SparseMlp:
     """
 
     def __init__(self, matrices, masks):
-        self._library = load()
+        self._library = library()
         shapes = [matrix.shape for matrix in matrices]
         hidden, inputs = shapes[0]
         if shapes != [(hidden, inputs), (hidden, hidden + 1), (CLASSES, hidden + 1)]:

@@ -1,4 +1,4 @@
-"""The pictures that several scripts draw, without a display and in one style, whatever a user's settings."""
+"""The figures of the scripts, plotted without a display and in one style, whatever a user's settings."""
 
 import io
 import os
@@ -11,9 +11,9 @@ from records import tables
 
 os.environ.pop("MPLBACKEND", None)  # a notebook's backend cannot be loaded outside of it
 
-import matplotlib  # noqa: E402
-from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 matplotlib.rcdefaults()
 matplotlib.rcParams.update(

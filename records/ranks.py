@@ -39,7 +39,7 @@ def share(jobs):
 
 
 def cut(seeds, most):
-    """The seeds in lists of at most `most` and of equal length, as many for each rank where that can be."""
+    """The seeds in lists of about equal length, at most `most` each, as many for each rank if possible."""
     rounds = -(-len(seeds) // (most * utils.RANKS))
     count = min(len(seeds), rounds * utils.RANKS)
     bounds = [len(seeds) * number // count for number in range(count + 1)]

@@ -213,8 +213,9 @@ def open_run(path, script, config, data_sha256, log=False, **facts):
     except OSError as error:
         raise utils.BadRequest(f"{path.parent} cannot be written ({error.strerror}): use --out") from error
     try:
-        for suffix in (".jsonl", ".log", ".run.json"):
-            for left in path.parent.glob(f".{glob.escape(path.with_suffix(suffix).name)}.*.tmp"):
+        name = glob.escape(path.name.removesuffix(".jsonl"))
+        for suffix in (".jsonl", ".log", ".run.json", "-seed*.npz"):
+            for left in path.parent.glob(f".{name}{suffix}.*.tmp"):
                 left.unlink(missing_ok=True)  # left by a process that was killed while it wrote
         run = read_run(path) if path.exists() else Run(path, script, config, data_sha256)
         run.require(script, config, data_sha256)

@@ -44,28 +44,28 @@ def student_t(probability, degrees):
     return t
 
 
-def prediction_interval(values, probability=0.95):
-    """Where one more of the values will fall with this probability, if they are normal: (low, high)."""
+def prediction_interval(values):
+    """Where one more of the values will fall with a probability of 95%, if they are normal: (low, high)."""
     n, mean, sd = len(values), statistics.fmean(values), statistics.stdev(values)
-    reach = student_t((1 + probability) / 2, n - 1) * sd * math.sqrt(1 + 1 / n)
+    reach = student_t(0.975, n - 1) * sd * math.sqrt(1 + 1 / n)
     return mean - reach, mean + reach
 
 
-def mean_interval(values, sd, n, probability=0.95):
+def mean_interval(values, sd, n):
     """Where the mean of n other values, of standard deviation sd, falls if the true means are equal.
 
-    By Welch's t: (low, high).
+    With a probability of 95%, by Welch's t: (low, high).
     """
     own, other = statistics.variance(values) / len(values), sd**2 / n
     degrees = (own + other) ** 2 / (own**2 / (len(values) - 1) + other**2 / (n - 1))
-    reach = student_t((1 + probability) / 2, degrees) * math.sqrt(own + other)
+    reach = student_t(0.975, degrees) * math.sqrt(own + other)
     return statistics.fmean(values) - reach, statistics.fmean(values) + reach
 
 
-def confidence_interval(values, probability=0.95):
-    """Where the mean that the values are a sample of lies, if they are normal: (low, high)."""
+def confidence_interval(values):
+    """The 95% confidence interval of the mean that the values are a sample of, if normal: (low, high)."""
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    reach = student_t((1 + probability) / 2, len(values) - 1) * error
+    reach = student_t(0.975, len(values) - 1) * error
     return mean - reach, mean + reach
 
 

@@ -1,8 +1,8 @@
 """Seeds that a GPU trains together, in waves of as many replicas as it holds at a time.
 
 repro.py and modern.py say what is computed; this trains the same with kernels/stack1989.c, in which a replica
-is a thread block. Digits, weights and gradients stay on the GPU: after a pass, each replica's loss and misses
-come home, and in the end its weights.
+is a thread block. Digits, weights and gradients stay on the GPU: after each pass only the losses and misses
+are copied to the CPU, and after the last pass the weights.
 """
 
 import time
@@ -104,7 +104,7 @@ class Gpu:
 
 
 class Replicas:
-    """The replicas of a wave; what they are asked for comes home as arrays."""
+    """The replicas of a wave: arrays go in and come out, but for `evaluate`, which takes tensors."""
 
     def __init__(self, stack, parameters):
         self.stack, self._kind = stack, type(parameters[0])

@@ -260,7 +260,7 @@ def evaluate(config, splits, read_out, activities, last_batch=None):
             "first": logits[0]
         }
         missed = {way: own.argmax(dim=1) != labels for way, own in answers.items()}
-        loss = float(F.cross_entropy(answers[config["read_out"]].double(), labels))
+        loss = float(F.cross_entropy(answers[config["read_out"]].cpu().double(), labels.cpu()))
         own, fired = missed[config["read_out"]], 0
         for kind, part in itertools.product(shown, slices(n)):
             layers = activities(pixels[part], shown[kind][None, part])

@@ -113,7 +113,7 @@ def evaluate(network, inputs, labels, answer):
     found = {way: torch.cat([own[way] for own in found]) for way in found[0]}
     misses = {way: int((logits.argmax(dim=1) != labels).sum()) for way, logits in found.items()}
     first, n = next(iter(found)), len(labels)
-    loss = float(F.cross_entropy(found[first].double(), labels))
+    loss = float(F.cross_entropy(found[first].cpu().double(), labels.cpu()))
     return loss, misses[first], {way: 100 * count / n for way, count in misses.items()}
 
 

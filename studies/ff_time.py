@@ -127,7 +127,7 @@ def train(config, seeds, progress, splits, engine):
                     record = ff_sweep.look(found, config | {"passes": passes}, split, inputs, labels)
                 else:
                     logits = torch.cat([found(x) for x in inputs.split(500)])
-                    loss = float(F.cross_entropy(logits.double(), labels))
+                    loss = float(F.cross_entropy(logits.cpu().double(), labels.cpu()))
                     misses = int((logits.argmax(dim=1) != labels).sum())
                     record = ff_sweep.evaluation(passes, split, loss, misses, len(labels))
             record |= {"lr": config["lr"], "presentations": shown}

@@ -292,7 +292,7 @@ def main(argv=None):
     figures.save(curves(found), args.out / "spatial_priors.png")
     if args.out == PAGE.parent:
         data, arguments = mnist1d_gen.make_dataset(), mnist1d_gen.Arguments()
-        mnist1d_gen.draw_picture(args.out / "mnist1d.png", data, arguments)
+        mnist1d_gen.plot(args.out / "mnist1d.png", data, arguments)
     common.show(args, PAGE, tables(args.out))
 
 

@@ -63,6 +63,13 @@ def test_the_usual_loop_trains_the_same_network():
 
 
 @pytest.mark.quick
+def test_flags_that_exclude_each_other(pages, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--record", "--tables"])
+    one_sentence(capsys.readouterr().err, "--record", "--tables")
+
+
+@pytest.mark.quick
 def test_nothing_is_written_without_being_asked_for(pages, monkeypatch, capsys):
     record = committed_record()
     monkeypatch.setattr(bench, "measure", lambda rounds, *_: record if rounds == 9 else pytest.fail("rounds"))

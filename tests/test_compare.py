@@ -432,6 +432,16 @@ def test_runs_has_errors_date_and_commit_and_diff_falls_back_to_our_first_seed(t
     assert "+eval: split test . loss 2.838000e-02. error 3.99%. misses: 80" in lines
 
 
+@quick
+@pytest.mark.parametrize("flag", ["--markdown", "--all", "--diff", "--runs", "--csv"])
+def test_a_run_is_shown_by_itself(flag, tmp_path, capsys):
+    """A run from elsewhere must not get into the tables, nor a flag be passed over."""
+    path = write_run(tmp_path, "mnist", MNIST, NEAR)
+    with pytest.raises(SystemExit, match="2"):
+        compare.main([str(path), flag])
+    one_sentence(capsys.readouterr().err, flag, "not allowed with")
+
+
 def test_check_tells_what_is_outside_and_not_expected(tmp_path, capsys):
     write_run(tmp_path, "near", MNIST, NEAR)
     write_run(tmp_path, "usps", repro.make_config(data="usps"), FAR)

@@ -12,7 +12,7 @@ import forward_forward as ff
 import utils
 from datasets import cifar10
 from kernels import build, local_fields
-from kernels.local_fields import FieldKernels, TorchFields, to_fields, to_tiles
+from kernels.local_fields import FAN_IN, MAPS, PLACES, FieldKernels, TorchFields, of_fields, to_tiles
 from records.run import Run, read_run
 from studies import common, ff_cifar_page, ff_cifar_speed
 from studies import ff_cifar as study
@@ -44,6 +44,11 @@ def examples(n=5, dtype=torch.float64):
     x, d = (torch.randn(n, 3072, generator=generator, dtype=torch.float64) for _ in range(2))
     weights = torch.randn(1024, 363, 3, generator=generator, dtype=torch.float64)
     return [tensor.to(dtype) for tensor in (x, d, weights)]
+
+
+def to_fields(tiles):
+    """The weights (1024, 363, 3), by place, input and unit, in the matrices of the tiles."""
+    return of_fields(tiles).reshape(PLACES, FAN_IN, MAPS)
 
 
 # A layer

@@ -416,7 +416,7 @@ FEW = ["--num-samples", "40"]
 @pytest.fixture
 def no_picture(monkeypatch):
     """Where the picture is not looked at: it takes longer than the set."""
-    monkeypatch.setattr(mnist1d_gen, "draw_picture", lambda *_: None)
+    monkeypatch.setattr(mnist1d_gen, "plot", lambda *_: None)
 
 
 def test_the_script_writes_the_published_set_and_a_picture(tmp_path):

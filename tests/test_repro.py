@@ -909,6 +909,8 @@ def test_a_ladder_shows_every_seed_its_mean_and_what_is_published():
         [4, 4],
         [2, 2],
     ]
-    assert [line.get_linestyle() for line in axis.lines].count("--") == 2 and "published" in axis.get_title()
+    assert [line.get_linestyle() for line in axis.lines].count("--") == 2 and "published" in axis.get_title(
+        "left"
+    )
     (axis,) = figures.ladder([[3]], ["a"], None, "misses", "title").axes
-    assert len(axis.lines) == 2 and "published" not in axis.get_title()
+    assert len(axis.lines) == 2 and "published" not in axis.get_title("left")
