@@ -2,12 +2,13 @@
 
 import functools
 import itertools
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_sentence, run_study
+from conftest import one_sentence, run_study, sanitizing
 from torch import nn
 
 import mnist1d_gen
@@ -495,6 +496,64 @@ def test_a_smoke_run_draws_and_tabulates(tmp_path):
     assert done.returncode == 0, done.stderr
     assert {"lottery_tickets.png", "masks.png"} <= {path.name for path in tmp_path.iterdir()}
     assert "| own original ticket |" in done.stdout and "| units without input |" in done.stdout
+
+
+PROGRAM = """
+#include <stdlib.h>
+
+static void *copy(const void *data, size_t size) {  // of no byte more than there is
+    void *p;
+    if (posix_memalign(&p, 64, size ? size : 1)) exit(2);
+    return data ? memcpy(p, data, size) : memset(p, 0, size);
+}
+
+#define COPY(array) copy(array, sizeof array)
+
+int main(void) {
+    layer w[LAYERS] = {LAYER(0), LAYER(1), LAYER(2)};
+    row *x = copy(NULL, 4 * (w[0].columns + 1) * sizeof *x);
+    row *workspace = copy(NULL, (6 * w[0].rows + 4 + CLASSES) * sizeof *workspace);
+    int32_t *labels = copy(NULL, 4 * TILE * sizeof *labels);
+    int64_t misses;
+    for (int k = 0; k < 4 * TILE; k++) labels[k] = k % (2 * TILE) < TILE + 5 ? k % CLASSES : -1;
+    int failed = (int)train(w, x, labels, 2, 2, TILE + 5, 0, 3, 0.01, workspace);
+    evaluate(w, x, labels, 4, &misses, workspace);
+    for (int l = 0; l < LAYERS; l++) {
+        free((void *)w[l].row_start), free((void *)w[l].column), free((void *)w[l].column_start);
+        free((void *)w[l].row), free((void *)w[l].place), free(w[l].weight), free(w[l].gradient);
+        free(w[l].mean), free(w[l].square);
+    }
+    free(x), free(workspace), free(labels);
+    return failed;
+}
+"""
+LAYER = """#define LAYER(l) {rows##l, columns##l, count##l, column_blocks##l, row_blocks##l, \\
+    COPY(row_start##l), COPY(column##l), COPY(column_start##l), COPY(row##l), COPY(place##l), \\
+    copy(NULL, 4 * count##l), copy(NULL, 4 * count##l), copy(NULL, 4 * count##l), copy(NULL, 4 * count##l)}
+"""
+
+
+@pytest.mark.parametrize("kept", [0.05, 0.5])  # one block, and several
+def test_sanitizers_find_nothing(kept, tmp_path):
+    """In the C code as a program of its own: nothing beyond an array is read or written."""
+    compiler, sanitize = sanitizing(tmp_path)
+    random, lines = np.random.default_rng(0), [f'#include "{sparse_mlp.SOURCE}"', LAYER]
+    for number, shape in enumerate(((70, 41), (70, 71), (10, 71))):
+        order = sparse_mlp._order(random.random(shape) < kept)
+        count = len(order.pop("rows"))
+        sizes = {"rows": shape[0], "columns": shape[1] - 1, "count": count}
+        sizes["column_blocks"], sizes["row_blocks"] = order.pop("column_blocks"), order.pop("row_blocks")
+        order["column"] = order.pop("columns")
+        lines += [f"enum {{ {name}{number} = {size} }};" for name, size in sizes.items()]
+        for name, values in order.items():
+            lines.append(f"static const int32_t {name}{number}[] = {{{', '.join(map(str, values))}}};")
+    (tmp_path / "program.c").write_text("\n".join([*lines, PROGRAM]))
+    target, _ = build.resolve_target(compiler, None)
+    flags = [*build.MATHS, *target, *sanitize, "-D_POSIX_C_SOURCE=200809L", "-O1"]
+    program = tmp_path / "program"
+    subprocess.run([*compiler, *flags, tmp_path / "program.c", "-lm", "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
 # The flags
