@@ -766,6 +766,36 @@ def test_committed_results_are_of_known_code():
             assert re.fullmatch("[0-9a-f]{40}", session["commit"]), run.path
 
 
+def test_the_numbers_in_readmes_sentences_are_those_of_the_records():
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+    def run(name):
+        return runs_module.read_run(ROOT / "results" / f"{name}.jsonl")
+
+    def errors(name):
+        return [record["error"] for record in run(name).final("test")]
+
+    two, three = (errors(f"forward_forward/mnist-{end}") for end in ("permutation-invariant", "hinton-jitter"))
+    assert f"miss {tables.mean_sd(two, unit='%')}% of MNIST (n = {len(two)})" in text
+    assert f"with moved images, {tables.mean_sd(three, unit='%')}% (n = {len(three)})" in text
+    rows = {
+        "supervised": "forward_forward/mnist-hinton",
+        "recurrent": "ff_recurrent/recurrent",
+        "unsupervised": "ff_unsupervised/unsupervised",
+    }
+    above = [statistics.fmean(errors(name)) - SOURCES["ff"][row]["test_error"] for row, name in rows.items()]
+    assert "above his errors here, by {:.2f}, {:.2f} and {:.2f} points".format(*above) in text
+    few, every = (statistics.fmean(errors(f"myth4_forgetting/mnist-{name}")) for name in ("least-85", "all"))
+    assert f"miss {few:.2f}%, not {every:.2f}% (n = 5)" in text
+    misses = {seed: own[0]["test_misses"] for seed, own in run("many_seeds/recovered").records.items()}
+    ends = f"{len(misses):,} seeds of the fitted preset miss {min(misses.values())} to {max(misses.values())}"
+    assert f"{ends} digits" in text
+    hundred = run("repro/usps-recovered").records
+    inner, outer = ([m for seed, m in misses.items() if (seed in hundred) == own] for own in (True, False))
+    fewer = statistics.fmean(outer) - statistics.fmean(inner)
+    assert f"miss {fewer:.1f} fewer than the mean of the others" in text
+
+
 def test_ci_does_what_the_readme_says():
     readme, ci = ((ROOT / path).read_text() for path in ("README.md", ".ci/run"))
     assert 'pip install -e ".[test]" && python repro.py\npython -m pytest\n' in readme
