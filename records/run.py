@@ -13,6 +13,7 @@ import contextlib
 import glob
 import json
 import math
+import os
 import platform
 import shlex
 import signal
@@ -266,10 +267,11 @@ def _receive(messages):
 
 
 def _command():
-    """The command line as a user would type it."""
+    """The command line as a user would type it in the repository, whose path is nobody's concern."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     script = ["-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
-    return shlex.join(["python", *script, *sys.argv[1:]])
+    flags = (flag.replace(f"{utils.ROOT}{os.sep}", "") for flag in sys.argv[1:])
+    return shlex.join(["python", *script, *flags])
 
 
 def path_of(args, words, config, preset, engine="c", device="cpu"):

@@ -775,7 +775,8 @@ def test_the_numbers_in_readmes_sentences_are_those_of_the_records():
     def errors(name):
         return [record["error"] for record in run(name).final("test")]
 
-    two, three = (errors(f"forward_forward/mnist-{end}") for end in ("permutation-invariant", "hinton-jitter"))
+    presets = "permutation-invariant", "hinton-jitter"
+    two, three = (errors(f"forward_forward/mnist-{preset}") for preset in presets)
     assert f"miss {tables.mean_sd(two, unit='%')}% of MNIST (n = {len(two)})" in text
     assert f"with moved images, {tables.mean_sd(three, unit='%')}% (n = {len(three)})" in text
     rows = {

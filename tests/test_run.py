@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, one_sentence, wait_until
@@ -450,6 +451,15 @@ def test_threads_that_cannot_be_started_are_one_sentence(monkeypatch):
         runs.in_parallel(lambda job, progress: job, range(3), 1000, 3, True)
     one_sentence(str(error.value), "1000 threads", "can't start new thread", "lower --threads")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.quick
+def test_the_command_does_not_say_where_the_repository_is(monkeypatch):
+    flags = ["--out", str(ROOT / "results" / "x"), "--data-root", "/elsewhere", "--configs", "bp-*"]
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "repro.py"), *flags])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    words = f"--out {Path('results', 'x')} --data-root /elsewhere --configs 'bp-*'"
+    assert runs._command() == f"python repro.py {words}"
 
 
 @pytest.mark.quick
