@@ -230,7 +230,7 @@ def test_the_read_out_of_the_config_gives_the_answer(on_strokes, way):
 def test_the_table_has_what_was_measured_and_what_is_published():
     found, published = study.tables(), utils.reference("ff")["recurrent"]["test_error"]
     rows = {row.split(" | ")[0].strip("| "): row for row in found["recurrent"].splitlines()[2:]}
-    assert rows.keys() == {"recurrent", "recurrent-scaled", "recurrent-weight-decay0.001", "recurrent-lr0.01"}
+    assert rows.keys() >= {"recurrent", "recurrent-scaled", "recurrent-weight-decay0.001", "recurrent-lr0.01"}
     for name, row in rows.items():
         run = read_run(study.PAGE.parent / f"{name}.jsonl")
         errors = [record["misses"] / 100 for record in run.final("test")]
