@@ -16,7 +16,8 @@ import prepro
 from studies.recipe import __main__ as command
 from studies.recipe import against, dependencies, local, page, plain, seeds, skeleton
 from studies.recipe.expected import EXPECTED, lecun1989, modern
-from studies.recipe.model import Data, Remember, make_models, result
+from studies.recipe.model import Data, Remember, result
+from studies.recipe.models import make_models
 
 # A model that is not ours: the one of the page, on noise that a linear layer can read
 

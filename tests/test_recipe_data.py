@@ -12,7 +12,8 @@ import mnist1d_gen
 import prepro
 from studies.recipe import data as checks
 from studies.recipe import data_page, examples, labels, origin
-from studies.recipe.model import Data, make_models
+from studies.recipe.model import Data
+from studies.recipe.models import make_models
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import modern
 import repro
 from studies import mnist1d, spatial_priors
 from studies.recipe import augment, overfit, regularise, schedule, squeeze, trained, tune
-from studies.recipe.model import Data, Model, make_models
+from studies.recipe.model import Data, Model
+from studies.recipe.models import make_models
 
 torch.set_num_threads(1)
 

@@ -38,7 +38,8 @@ from studies.recipe import (
     squeeze,
     tune,
 )  # fmt: skip
-from studies.recipe.model import Result, make_models
+from studies.recipe.model import Result
+from studies.recipe.models import make_models
 
 STAGES = {
     "1. become one with the data": (data,),

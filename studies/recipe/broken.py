@@ -17,7 +17,7 @@ import utils
 from datasets import sources
 from studies import mnist1d, spatial_priors
 from studies.recipe import digits, others
-from studies.recipe.model import make_models
+from studies.recipe.models import make_models
 
 # In the order in which they import each other.
 MODULES = prepro, mnist1d_gen, repro, modern, forward_forward, mnist1d, spatial_priors, digits, others

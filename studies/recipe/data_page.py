@@ -22,7 +22,7 @@ from records.tables import markdown_table, write_tables
 from studies.recipe.data import CHECKS
 from studies.recipe.examples import features, pictures, sample_rows
 from studies.recipe.labels import WRONG_LABELS, confidence, leave_one_out, rank_test_labels
-from studies.recipe.model import make_models
+from studies.recipe.models import make_models
 from studies.recipe.origin import read_idx
 
 PAGE = utils.ROOT / "results" / "recipe" / "README.md"

@@ -1,4 +1,4 @@
-"""What a check of the Recipe gets and returns, and the six models of this repository in that form.
+"""What a check of the Recipe gets and returns. models.py has the models of this repository in that form.
 
 A check is a function `habit(model, data) -> Result`. The first sentence of its docstring says why the habit
 matters, and is printed beside the result. A module of checks has CHECKS, a tuple of them in the article's
@@ -168,13 +168,3 @@ def best_constant(model, y):
     squared = 4 * (shares * (1 - shares)).mean()  # 4 p (1 - p) for each of ten outputs of -1 or 1
     loss = squared if model.loss == "mse" else -torch.special.xlogy(shares, shares).sum()
     return float(loss), 100 * (1 - shares.max().item())
-
-
-def make_models(**where):
-    """name -> a function that makes the Model; `where`: data, draw, data_root and engine."""
-    from studies.recipe import digits, others  # they import this file
-
-    makers = {"lecun1989": digits.lecun1989, "modern": digits.modern_model}
-    makers |= {"forward-forward": others.forward_forward_model}
-    makers |= {f"mnist1d-{kind}": functools.partial(others.mnist1d_model, kind) for kind in others.KINDS}
-    return {name: functools.partial(make, **where) for name, make in makers.items()}

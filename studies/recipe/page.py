@@ -15,7 +15,8 @@ from records import figures
 from records.run import read_run
 from records.tables import markdown_table, write_tables
 from studies.recipe.expected import EXPECTED
-from studies.recipe.model import make_models, mean_loss, outputs_of, sample
+from studies.recipe.model import mean_loss, outputs_of, sample
+from studies.recipe.models import make_models
 from studies.recipe.regularise import plot_filters
 
 PAGE = utils.ROOT / "results" / "recipe" / "README.md"

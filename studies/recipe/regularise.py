@@ -15,7 +15,8 @@ from records import figures
 from records.run import read_run
 from records.tables import mean_sd
 from studies.recipe import augment
-from studies.recipe.model import Result, activations, make_models, skip
+from studies.recipe.model import Result, activations, skip
+from studies.recipe.models import make_models
 from studies.recipe.trained import (
     NO_WIDTHS,
     USUAL_WIDTH,

@@ -8,7 +8,8 @@ import sys
 import prepro
 import utils
 from studies.recipe.expected import EXPECTED
-from studies.recipe.model import make_models, result, same, sample, skip
+from studies.recipe.model import result, same, sample, skip
+from studies.recipe.models import make_models
 
 
 def fix_the_seed(model, data):
