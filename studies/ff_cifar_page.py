@@ -160,7 +160,7 @@ def tables(folder):
 
 
 def plot(folder):
-    """The training error after every pass, by passes and by seconds, a row for each number of layers.
+    """The training error after every pass, by passes and by seconds, a row for each number of layers: means.
 
     None where no network has been trained with all training images.
     """
@@ -175,12 +175,12 @@ def plot(folder):
         for colour, (method, words) in enumerate(NAMES.items()):
             name = f"{method}-{layers}"
             if name in found:
-                errors = curve(found[name])
+                errors, label = curve(found[name]), f"{words}, n = {len(found[name].records)}"
                 passes = range(1, len(errors) + 1)
-                row[0].plot(passes, errors, ".-", color=f"C{colour}", label=words)
+                row[0].plot(passes, errors, ".-", color=f"C{colour}", label=label)
                 each = seconds_a_pass(speed, name, found[name])
                 if each:
-                    row[1].plot([each * k for k in passes], errors, ".-", color=f"C{colour}", label=words)
+                    row[1].plot([each * k for k in passes], errors, ".-", color=f"C{colour}")
         row[0].set(xlabel="passes", ylabel="training error (%)", title=f"{layers} layers")
         row[1].set(xlabel="seconds of one core", title=f"{layers} layers")
         for axis in row:
