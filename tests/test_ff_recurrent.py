@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import one_sentence
 from test_ff_unsupervised import UNSKIPPED, digits, examples, likelihood_of, nothing
 
 import forward_forward as ff
@@ -238,6 +239,14 @@ def test_the_table_has_what_was_measured_and_what_is_published():
     run = read_run(study.PAGE.parent / "recurrent-choose-lr0.003-validation.jsonl")
     (record,) = run.final("validation")
     assert f"| 2000 | 3 | 0.003 | 0.001 | {record['misses'] / 100:.2f} |" in found["validation"]
+
+
+@pytest.mark.quick
+def test_nothing_is_chosen_by_test_digits(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "load_whole_mnist", lambda *_: pytest.fail("the digits were read"))
+    assert study.main(["--configs", "recurrent-choose-lr0.003", "--out", str(tmp_path / "out")]) == 2
+    one_sentence(capsys.readouterr().err, "recurrent-choose-lr0.003", "--validation")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.quick

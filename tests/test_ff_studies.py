@@ -488,6 +488,11 @@ def test_fresh_seeds_are_compared_pair_by_pair():
     rows = ff_sweep.fresh_table(runs).splitlines()[2:]
     assert rows[0].startswith("| base | 5 to 7 | 3 | 4.67 ")
     assert rows[1].endswith("| 2 | 7.50 ± 0.85 | +1.00 (-0.27 to +2.27) |") and len(rows) == 2
+    runs = {name: run({5: 6.0, 6: 7.0}) for name in ("goodness-sum", "threshold-3")} | {
+        "base": run({4: 50.0})
+    }
+    rows = ff_sweep.fresh_table(runs).splitlines()[2:]
+    assert len(rows) == 2 and all(row.endswith("|  |") for row in rows)  # there is nothing to be above
 
 
 @pytest.mark.quick

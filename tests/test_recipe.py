@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -208,6 +209,17 @@ def test_mnist1d_passes_against_plain_code_and_a_wrong_gate_does_not():
     ahead = broken(model, forward=lambda own, w, x: own(w, x + 1e-3 * x.roll(-1, 1)))
     assert not dependencies.time_steps(ahead, data).passed
     assert make_models().keys() == EXPECTED.keys() == set(command.SLOWEST_FIRST)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("ended, status", [(0, 0), (1, 1), (2, 2), (-9, 1)])  # -9: killed, as for memory
+def test_all_models_fail_where_one_does(ended, status, monkeypatch, capsys):
+    def start(process, **_):
+        return subprocess.CompletedProcess(process, ended if "modern" in process else 0, f"{process[3]}\n")
+
+    monkeypatch.setattr(command.subprocess, "run", start)
+    assert command.main(["all", "--threads", "2"]) == status
+    assert capsys.readouterr().out.split() == list(make_models())
 
 
 def test_digits_of_1989_pass_on_procedural_digits_too(monkeypatch):

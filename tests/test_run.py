@@ -454,6 +454,16 @@ def test_threads_that_cannot_be_started_are_one_sentence(monkeypatch):
 
 
 @pytest.mark.quick
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    left = [f".run{end}.host-1.tmp" for end in (".jsonl", ".log", ".run.json", "-seed3.npz")]
+    others = [".run-lr0.1.jsonl.host-1.tmp", ".run-lr0.1-seed3.npz.host-1.tmp"]
+    for name in left + others:
+        (tmp_path / name).touch()
+    with runs.open_run(tmp_path / "run.jsonl", "toy", CONFIG, "sum"):
+        assert {path.name for path in tmp_path.glob(".*.tmp")} == set(others)
+
+
+@pytest.mark.quick
 def test_the_command_does_not_say_where_the_repository_is(monkeypatch):
     flags = ["--out", str(ROOT / "results" / "x"), "--data-root", "/elsewhere", "--configs", "bp-*"]
     monkeypatch.setattr(sys, "argv", [str(ROOT / "repro.py"), *flags])
