@@ -418,7 +418,7 @@ FLAGS = {  # field of the config -> its choices or type, and what it is
     "lr_hold": (real(0, 1), "part of training with the full rate, which then falls to 0"),
     "momentum": (real(0, below=1), "of SGD: the part of the smoothed gradient that each step keeps"),
     "weight_decay": (real(0, below=1), "weight decay of the layers"),
-    "skip_threshold": (real(0, below=1), "skip what a layer's probability is wrong about by this at most"),
+    "skip_threshold": (real(0, below=1), "layers skip examples whose probability is wrong by this at most"),
     "revisit_prob": (real(0, 1), "probability that an image is shown that all layers were sure of"),
     "peer": (real(0, 1e6), "strength with which units are kept about equally active"),
     "temperature": (real(above=0, at_most=1e6), "the higher, the wider a margin the layers want"),
@@ -426,7 +426,7 @@ FLAGS = {  # field of the config -> its choices or type, and what it is
     "head_from": (whole(1, 100), "the first layer that the softmax reads, which is 2 in Hinton's code"),
     "head_lr": (real(0, 1e6), "learning rate of the softmax"),
     "head_weight_decay": (real(0, below=1), "weight decay of the softmax"),
-    "precision": (("auto", "fp32", "bf16"), "numbers to multiply; auto: bf16 where the processor has it"),
+    "precision": (("auto", "fp32", "bf16"), "precision of products; auto: bf16 where the processor has it"),
     "read_out": (tuple(READ_OUTS), "what gives the answer: layers' goodness, the softmax, or both"),
 }
 

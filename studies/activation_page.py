@@ -215,7 +215,8 @@ def draw_cnns(axis, found, names):
         errors = cnn_errors(found, data)
         for column, name in enumerate(names):
             gaps = paired(errors.get("relu", {}), errors.get(name, {}))
-            most, beside = max(most, len(gaps)), column - 0.15 + 0.3 * k + np.linspace(-0.1, 0.1, len(gaps))
+            most = max(most, len(gaps))
+            beside = column - 0.15 + 0.3 * k + np.linspace(-0.1, 0.1, len(gaps))
             if gaps:
                 style = {"color": f"C{k + 2}", "markersize": 4, "label": None if column else label}
                 axis.plot(beside, gaps, "os"[k], **style)

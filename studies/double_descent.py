@@ -258,21 +258,21 @@ def inside(value, ours, printed_to):
 def curve_table(found, curve):
     """Every width of a curve: errors and losses after the last pass, beside the published ones."""
     columns = [
-        ("test", "error", ".1f", published_values(curve, "test_error")),
-        ("train", "error", ".1f", published_values(curve, "train_error")),
-        ("test", "loss", ".2f", published_values(curve, "test_loss")),
+        ("test", "error", 1, published_values(curve, "test_error")),
+        ("train", "error", 1, published_values(curve, "train_error")),
+        ("test", "loss", 2, published_values(curve, "test_loss")),
     ]
     head, rows, judged = ["width", "parameters", "n"], [], []
     for split, quantity, _, _ in columns:
         head += [f"published {split} {quantity}", "ours", ""]
     for width in WIDTHS[curve.split("-")[0]]:
         run, cells = found[f"{curve}-{width}"], []
-        for split, quantity, form, printed in columns:
+        for split, quantity, places, printed in columns:
             ours = [record[quantity] for record in run.final(split)]
             judge = width in printed and len(ours) > 1
-            verdict = inside(printed[width], ours, 10 ** -int(form[1])) if judge else ""
+            verdict = inside(printed[width], ours, 10**-places) if judge else ""
             judged += [verdict] * bool(verdict)
-            cells += [printed.get(width, ""), mean_sd(ours, form), verdict]
+            cells += [printed.get(width, ""), mean_sd(ours, f".{places}f"), verdict]
         rows.append((width, f"{parameters_of(curve, width):,}", len(run.records), *cells))
     summary = f"{judged.count('inside')} of {len(judged)} published numbers are inside."
     return f"{markdown_table(head, rows)}\n\n{summary}"

@@ -59,8 +59,9 @@ def differences_table(found):
     rows = []
     for pair in PAIRS:
         if all(name in found for name, _ in pair):
-            errors = (found[name].by_seed("errors") for name, _ in pair)
-            gaps = paired(*({s: e[way] for s, e in own.items()} for own, (_, way) in zip(errors, pair)))
+            errors = [(found[name].by_seed("errors"), way) for name, way in pair]
+            one, other = ({seed: ways[way] for seed, ways in own.items()} for own, way in errors)
+            gaps = paired(one, other)
             words = [f"{NAMES[name[:-2]]}, {name[-1]} layers, {WAYS[way]}" for name, way in pair]
             higher = f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"
             rows += [[*words, higher, difference(gaps, "+.2f")]] if gaps else []

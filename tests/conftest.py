@@ -82,6 +82,17 @@ def sanitizing(folder, kinds="address,undefined"):
     return compiler, flags
 
 
+def assert_sanitizers_find_nothing(folder, program, *flags):
+    """Compile a C program with the sanitizers and run it: nothing beyond an array may be read or written."""
+    compiler, sanitize = sanitizing(folder)
+    (folder / "program.c").write_text(program)
+    target, _ = build.resolve_target(compiler, None)
+    command = [*compiler, *build.MATHS, *target, *sanitize, *flags, "-O1", folder / "program.c", "-lm"]
+    subprocess.run([*command, "-o", folder / "program"], check=True)
+    done = subprocess.run([folder / "program"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
 def spy_on_disk(monkeypatch):
     """A list that the files synchronised and replaced from now on will be in: what, which inode, its size."""
     seen, fsync, replace = [], os.fsync, os.replace

@@ -33,24 +33,19 @@ from records import run as runs
 from studies import more_data
 
 
-def has_compiler():
+def can_be_had(find):
     try:
-        return bool(build.find_compiler())
+        return bool(find())
     except build.Unavailable:
         return False
 
 
-pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C compiler")
+pytestmark = pytest.mark.skipif(not can_be_had(build.find_compiler), reason="no C compiler")
 
 
-def has_nvrtc():
-    try:
-        return bool(cuda.load_nvrtc())
-    except build.Unavailable:
-        return False
-
-
-needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC, which comes with PyTorch for CUDA")
+needs_nvrtc = pytest.mark.skipif(
+    not can_be_had(cuda.load_nvrtc), reason="needs NVRTC, which comes with PyTorch for CUDA"
+)
 
 # Each replica adds a number to its own.
 TOY = """

@@ -1,12 +1,11 @@
 import functools
-import subprocess
 import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_sentence, sanitizing
+from conftest import assert_sanitizers_find_nothing, one_sentence
 
 import forward_forward as ff
 import utils
@@ -158,14 +157,7 @@ int main(void) {  // no array is longer than it has to be
 
 @pytest.mark.parametrize("bf16", [0, 1])
 def test_sanitizers_find_nothing(bf16, tmp_path):
-    """In the C code as a program of its own: nothing beyond an array is read or written."""
-    compiler, sanitize = sanitizing(tmp_path)
-    (tmp_path / "program.c").write_text(f'#include "{local_fields.SOURCE}"\n{PROGRAM}')
-    target, _ = build.resolve_target(compiler, None)
-    command = [*compiler, *build.MATHS, *target, *sanitize, f"-DBF16={bf16}", "-O1"]
-    subprocess.run([*command, tmp_path / "program.c", "-o", tmp_path / "program"], check=True)
-    done = subprocess.run([tmp_path / "program"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == ""
+    assert_sanitizers_find_nothing(tmp_path, f'#include "{local_fields.SOURCE}"\n{PROGRAM}', f"-DBF16={bf16}")
 
 
 # Networks

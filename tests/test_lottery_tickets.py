@@ -2,13 +2,12 @@
 
 import functools
 import itertools
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_sentence, run_study, sanitizing
+from conftest import assert_sanitizers_find_nothing, one_sentence, run_study
 from torch import nn
 
 import mnist1d_gen
@@ -535,8 +534,6 @@ LAYER = """#define LAYER(l) {rows##l, columns##l, count##l, column_blocks##l, ro
 
 @pytest.mark.parametrize("kept", [0.05, 0.5])  # one block, and several
 def test_sanitizers_find_nothing(kept, tmp_path):
-    """In the C code as a program of its own: nothing beyond an array is read or written."""
-    compiler, sanitize = sanitizing(tmp_path)
     random, lines = np.random.default_rng(0), [f'#include "{sparse_mlp.SOURCE}"', LAYER]
     for number, shape in enumerate(((70, 41), (70, 71), (10, 71))):
         order = sparse_mlp._order(random.random(shape) < kept)
@@ -547,13 +544,8 @@ def test_sanitizers_find_nothing(kept, tmp_path):
         lines += [f"enum {{ {name}{number} = {size} }};" for name, size in sizes.items()]
         for name, values in order.items():
             lines.append(f"static const int32_t {name}{number}[] = {{{', '.join(map(str, values))}}};")
-    (tmp_path / "program.c").write_text("\n".join([*lines, PROGRAM]))
-    target, _ = build.resolve_target(compiler, None)
-    flags = [*build.MATHS, *target, *sanitize, "-D_POSIX_C_SOURCE=200809L", "-O1"]
-    program = tmp_path / "program"
-    subprocess.run([*compiler, *flags, tmp_path / "program.c", "-lm", "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    flag = "-D_POSIX_C_SOURCE=200809L"
+    assert_sanitizers_find_nothing(tmp_path, "\n".join([*lines, PROGRAM]), flag)
 
 
 # The flags

@@ -1,13 +1,12 @@
 """The learned activation: its curves and gradients against exact ones, its training against torch.nn."""
 
 import functools
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_sentence, run_study, sanitizing
+from conftest import assert_sanitizers_find_nothing, one_sentence, run_study
 from torch import nn
 
 import mnist1d_gen
@@ -665,13 +664,6 @@ int main(void) {  // no array is longer than it has to be
 
 @pytest.mark.parametrize("examples", [9, 16])
 def test_sanitizers_find_nothing(examples, tmp_path):
-    """In the C code as a program of its own: nothing beyond an array is read or written."""
-    compiler, sanitize = sanitizing(tmp_path)
-    (tmp_path / "program.c").write_text(f'#include "{inner_training.SOURCE}"\n{PROGRAM}')
-    target, _ = build.resolve_target(compiler, None)
     sizes = {"INPUTS": 3, "HIDDEN": 5, "CLASSES": 10, "EXAMPLES": examples}
-    flags = [*build.MATHS, *target, *sanitize, *(f"-D{name}={value}" for name, value in sizes.items()), "-O1"]
-    program = tmp_path / "program"
-    subprocess.run([*compiler, *flags, tmp_path / "program.c", "-lm", "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    flags = (f"-D{name}={value}" for name, value in sizes.items())
+    assert_sanitizers_find_nothing(tmp_path, f'#include "{inner_training.SOURCE}"\n{PROGRAM}', *flags)

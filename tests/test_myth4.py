@@ -2,14 +2,13 @@
 
 import itertools
 import platform
-import subprocess
 import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_sentence, real_root, sanitizing
+from conftest import assert_sanitizers_find_nothing, one_sentence, real_root
 from torch import nn
 
 import prepro
@@ -512,13 +511,6 @@ int main(void) {
 
 
 def test_sanitizers_find_nothing(tmp_path):
-    """In the C code as a program of its own: nothing beyond an array is read or written."""
-    compiler, sanitize = sanitizing(tmp_path)
-    (tmp_path / "program.c").write_text(f'#include "{convnet_sgd.SOURCE}"\n{PROGRAM}')
-    target, _ = build.resolve_target(compiler, None)
     sizes = {"SIDE": 16, "INPUTS": 3, "MAPS1": 10, "MAPS2": 20, "HIDDEN": 5, "_POSIX_C_SOURCE": "200809L"}
-    flags = [*build.MATHS, *target, *sanitize, *(f"-D{name}={value}" for name, value in sizes.items()), "-O1"]
-    program = tmp_path / "program"
-    subprocess.run([*compiler, *flags, tmp_path / "program.c", "-lm", "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    flags = (f"-D{name}={value}" for name, value in sizes.items())
+    assert_sanitizers_find_nothing(tmp_path, f'#include "{convnet_sgd.SOURCE}"\n{PROGRAM}', *flags)
